@@ -1,0 +1,413 @@
+//! The face of the cache: reads through the tiers, stores, tickets. Cheap to clone.
+//!
+//! Called by the engine, or by any Rust program that raises the tag clock itself. Never an error to a reader:
+//! what a tier cannot answer is a miss with its reason.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
+
+use crate::{
+    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, Stats, TicketError, Tickets, entry::now_ms,
+    flight::Flights, invalidate::Judge, l1::L1,
+};
+
+#[derive(Clone)]
+pub struct Cache(pub(crate) Arc<Inner>);
+
+pub(crate) struct Inner {
+    pub(crate) config: CacheConfig,
+    pub(crate) judge: Judge,
+    pub(crate) l1: L1,
+    pub(crate) l2: Option<L2>,
+    pub(crate) flights: Flights,
+    pub(crate) stats: Arc<Stats>,
+    tickets: Tickets,
+    epoch: AtomicU32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tier {
+    L1,
+    L2,
+}
+
+impl Tier {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Tier::L1 => "l1",
+            Tier::L2 => "l2",
+        }
+    }
+}
+
+/// Why an answer is marked stale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stale {
+    /// Valid as far as we heard, but we do not hear at present.
+    StreamLost,
+    /// Old, answered because computing failed.
+    Grace,
+}
+
+impl Stale {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Stale::StreamLost => "stream_lost",
+            Stale::Grace => "grace",
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub enum Lookup {
+    Hit { entry: Arc<Entry>, tier: Tier, stale: Option<Stale> },
+    Miss { reason: MissReason },
+}
+
+#[derive(Debug, Clone)]
+pub enum Stored {
+    Yes { entry: Arc<Entry> },
+    No(Refusal),
+}
+
+/// Why a value was not stored. Its caller has it all the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// A commit touched its tags that it does not contain.
+    Touched,
+    NotHearing,
+    FloorMoved,
+    /// What is stored was read later.
+    Older,
+    TooLarge,
+    TooManyTags,
+    /// It may live for less than the shortest time to live.
+    TtlTooShort,
+    ContentType,
+    UnknownNamespace,
+}
+
+impl Refusal {
+    pub const ALL: [Refusal; 9] = [
+        Refusal::Touched,
+        Refusal::NotHearing,
+        Refusal::FloorMoved,
+        Refusal::Older,
+        Refusal::TooLarge,
+        Refusal::TooManyTags,
+        Refusal::TtlTooShort,
+        Refusal::ContentType,
+        Refusal::UnknownNamespace,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Refusal::Touched => "touched",
+            Refusal::NotHearing => "not_hearing",
+            Refusal::FloorMoved => "floor_moved",
+            Refusal::Older => "older",
+            Refusal::TooLarge => "too_large",
+            Refusal::TooManyTags => "too_many_tags",
+            Refusal::TtlTooShort => "ttl_too_short",
+            Refusal::ContentType => "content_type_invalid",
+            Refusal::UnknownNamespace => "unknown_namespace",
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PutError {
+    #[error("namespace `{0}` is not in the config, and the config is strict; add [cache.namespaces.{0}]")]
+    UnknownNamespace(String),
+    #[error("the value has {bytes} bytes; at most {limit} are kept: split it, or raise `cache.max_value_bytes`")]
+    TooLarge { bytes: usize, limit: usize },
+    #[error("the value has {count} tags, at most {limit} are allowed; use a wider tag, such as the table's")]
+    TooManyTags { count: usize, limit: usize },
+    #[error("a time to live of {0:?} is not between 1 second and 30 days")]
+    Ttl(Duration),
+    #[error("a content type is at most 255 printable ASCII characters, such as application/json")]
+    ContentType,
+}
+
+impl PutError {
+    pub fn code(&self) -> &'static str {
+        match self {
+            PutError::UnknownNamespace(_) => "unknown_namespace",
+            PutError::TooLarge { .. } => "value_too_large",
+            PutError::TooManyTags { .. } => "too_many_tags",
+            PutError::Ttl(_) => "ttl_out_of_range",
+            PutError::ContentType => "content_type_invalid",
+        }
+    }
+}
+
+static DEFAULT_NAMESPACE: NamespaceConfig = NamespaceConfig { ttl: None, external: false, serve_stale: false };
+
+impl Cache {
+    /// Begins without hearing: call [`Cache::set_hearing`] once commits raise the clock.
+    pub fn new(config: CacheConfig, clock: Arc<TagClock>, l2: Option<L2>) -> Cache {
+        let stats = l2.as_ref().map_or_else(Arc::default, |l2| l2.stats().clone());
+        Cache(Arc::new(Inner {
+            judge: Judge::new(clock, now_ms()),
+            l1: L1::new(config.l1_bytes, config.max_value_bytes),
+            flights: Flights::new(config.max_flights, config.max_joiners),
+            tickets: Tickets::new(&config.ticket_secret, config.ticket_life),
+            epoch: AtomicU32::new(0),
+            config,
+            l2,
+            stats,
+        }))
+    }
+
+    pub fn config(&self) -> &CacheConfig {
+        &self.0.config
+    }
+
+    pub fn clock(&self) -> &TagClock {
+        self.0.judge.clock()
+    }
+
+    pub fn stats(&self) -> &Stats {
+        &self.0.stats
+    }
+
+    pub fn l2(&self) -> Option<&L2> {
+        self.0.l2.as_ref()
+    }
+
+    pub fn l1_bytes(&self) -> u64 {
+        self.0.l1.bytes()
+    }
+
+    pub fn l1_entries(&self) -> usize {
+        self.0.l1.len()
+    }
+
+    pub fn flights_aloft(&self) -> usize {
+        self.0.flights.len()
+    }
+
+    /// None if the config is strict and does not name it.
+    pub fn namespace(&self, name: &str) -> Option<&NamespaceConfig> {
+        match self.0.config.namespaces.get(name) {
+            None if self.0.config.strict => None,
+            found => Some(found.unwrap_or(&DEFAULT_NAMESPACE)),
+        }
+    }
+
+    pub fn set_hearing(&self, hearing: Hearing) {
+        self.0.judge.set_hearing(hearing);
+    }
+
+    pub fn hearing(&self) -> Hearing {
+        self.0.judge.hearing()
+    }
+
+    /// Rows of another epoch are never read back, tickets of another epoch never taken. Drops L1 if it changes.
+    pub fn set_epoch(&self, epoch: Epoch) {
+        if self.0.epoch.swap(epoch.0, Ordering::AcqRel) != epoch.0 {
+            self.0.l1.clear();
+        }
+        if let Some(l2) = &self.0.l2 {
+            l2.set_epoch(epoch);
+        }
+    }
+
+    pub fn epoch(&self) -> Epoch {
+        Epoch(self.0.epoch.load(Ordering::Acquire))
+    }
+
+    /// Every commit up to here has raised its tags. Call it after raising, before anyone is told of the commit.
+    pub fn note_invalidated(&self, lsn: Lsn) {
+        self.0.judge.note_invalidated(lsn);
+    }
+
+    pub fn invalidated_to(&self) -> Lsn {
+        self.0.judge.invalidated_to()
+    }
+
+    /// L1, then L2. A hit of L2 moves up.
+    pub async fn get(&self, key: &CacheKey, at_least: AtLeast) -> Lookup {
+        let reason = match self.look_l1(key, at_least) {
+            Ok(hit) => return self.counted(hit),
+            Err(reason) => reason,
+        };
+        let mut looks = self.look_l2(&[key], at_least).await;
+        self.counted(looks.pop().flatten().unwrap_or(Lookup::Miss { reason }))
+    }
+
+    /// In the order of the keys, with one statement for what L1 has not.
+    pub async fn get_many(&self, keys: &[CacheKey], at_least: AtLeast) -> Vec<Lookup> {
+        let mut answers: Vec<_> =
+            keys.iter().map(|key| self.look_l1(key, at_least).unwrap_or_else(|reason| Lookup::Miss { reason })).collect();
+        let open: Vec<usize> = (0..keys.len()).filter(|i| matches!(answers[*i], Lookup::Miss { .. })).collect();
+        let open_keys: Vec<&CacheKey> = open.iter().map(|i| &keys[*i]).collect();
+        for (i, look) in open.into_iter().zip(self.look_l2(&open_keys, at_least).await) {
+            if let Some(look) = look {
+                answers[i] = look;
+            }
+        }
+        answers.into_iter().map(|answer| self.counted(answer)).collect()
+    }
+
+    /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].
+    pub fn put(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Stored, PutError> {
+        let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
+        let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
+        let config = &self.0.config;
+        if value.value.len() > config.max_value_bytes {
+            return Err(PutError::TooLarge { bytes: value.value.len(), limit: config.max_value_bytes });
+        }
+        if value.tags.len() > config.max_tags {
+            return Err(PutError::TooManyTags { count: value.tags.len(), limit: config.max_tags });
+        }
+        if !content_type_is_valid(&value.content_type) {
+            return Err(PutError::ContentType);
+        }
+        let ttl = value.ttl.or(namespace.ttl).unwrap_or(config.default_ttl);
+        if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
+            return Err(PutError::Ttl(ttl));
+        }
+        let entry = Arc::new(Entry::new(key, value, ttl, fence, now_ms()));
+        Ok(self.store(key, entry))
+    }
+
+    pub(crate) fn store(&self, key: &CacheKey, entry: Arc<Entry>) -> Stored {
+        if let Some(refusal) = self.0.judge.refuses(&entry) {
+            return self.refused(refusal);
+        }
+        let rank = entry.fence.age_rank();
+        let newer_is_there = |there: &Entry| there.fence.age_rank() > rank && self.is_valid(there);
+        if !self.0.l1.put_unless(key, entry.clone(), newer_is_there) {
+            return self.refused(Refusal::Older);
+        }
+        // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
+        // because each read judges what it has in hand.
+        if let Some(l2) = self.l2_of(key) {
+            l2.write(key, &entry);
+        }
+        self.0.stats.stores.add(1);
+        Stored::Yes { entry }
+    }
+
+    pub(crate) fn refused(&self, refusal: Refusal) -> Stored {
+        self.0.stats.refusals(refusal).add(1);
+        Stored::No(refusal)
+    }
+
+    /// From L1 of this node only. What removes it everywhere is a commit that raises its key's tag.
+    pub fn delete_local(&self, key: &CacheKey) -> bool {
+        self.0.l1.delete(key)
+    }
+
+    pub fn clear_local(&self) {
+        self.0.l1.clear();
+    }
+
+    /// For a value that does not come from the database: only invalidation by hand and time end it.
+    pub fn external_fence(&self) -> Fence {
+        self.0.judge.external_fence()
+    }
+
+    pub fn issue_ticket(&self, fence: &Fence, key: &CacheKey) -> String {
+        self.0.tickets.issue(fence, self.epoch(), key, now_ms())
+    }
+
+    pub fn check_ticket(&self, ticket: &str, key: &CacheKey) -> Result<Fence, TicketError> {
+        self.0.tickets.verify(ticket, key, self.epoch(), now_ms())
+    }
+
+    /// Judged, not counted. What is over leaves L1, unless the namespace may answer it when computing fails.
+    pub(crate) fn look_l1(&self, key: &CacheKey, at_least: AtLeast) -> Result<Lookup, MissReason> {
+        let namespace = self.namespace(key.namespace()).ok_or(MissReason::UnknownNamespace)?;
+        let entry = self.0.l1.get(key).ok_or(MissReason::Absent)?;
+        let verdict = self.judged(&entry, Tier::L1, at_least);
+        let is_over = matches!(verdict, Err(MissReason::Expired | MissReason::Invalidated));
+        if is_over && !(namespace.serve_stale && self.0.judge.grace(&entry)) {
+            self.0.l1.remove(key, &entry);
+        }
+        verdict
+    }
+
+    /// Judged, not counted, in the order of the keys. None: L2 has nothing to say.
+    async fn look_l2(&self, keys: &[&CacheKey], at_least: AtLeast) -> Vec<Option<Lookup>> {
+        let Some(l2) = &self.0.l2 else { return vec![None; keys.len()] };
+        let asked: Vec<&CacheKey> = keys.iter().copied().filter(|key| self.l2_of(key).is_some()).collect();
+        let mut read = l2.read(&asked).await.into_iter();
+        let mut look = |key: &CacheKey| {
+            self.l2_of(key)?;
+            let entry = Arc::new(read.next()??);
+            // The clock is asked now, after the row arrived: whatever the row missed meanwhile, or while L2 was
+            // away or we were not running, the clock knows by the row's fence.
+            let verdict = self.judged(&entry, Tier::L2, at_least);
+            if verdict.is_ok() {
+                l2.note_hit(key);
+                let rank = entry.fence.age_rank();
+                self.0.l1.put_unless(key, entry, |there| there.fence.age_rank() >= rank && self.is_valid(there));
+            }
+            Some(verdict.unwrap_or_else(|reason| Lookup::Miss { reason }))
+        };
+        keys.iter().map(|key| look(key)).collect()
+    }
+
+    pub(crate) async fn look_l2_one(&self, key: &CacheKey, at_least: AtLeast) -> Option<Lookup> {
+        self.look_l2(&[key], at_least).await.pop().flatten()
+    }
+
+    /// External values stay in L1: no commit speaks of them, so a write that L2 dropped would let the value before
+    /// it come back as fresh.
+    fn l2_of(&self, key: &CacheKey) -> Option<&L2> {
+        self.namespace(key.namespace()).filter(|namespace| !namespace.external).and(self.0.l2.as_ref())
+    }
+
+    fn judged(&self, entry: &Arc<Entry>, tier: Tier, at_least: AtLeast) -> Result<Lookup, MissReason> {
+        self.0.judge.judge(entry, at_least, now_ms())?;
+        // Asked last: what was judged before the loss is marked all the same.
+        let stale = match self.hearing() {
+            Hearing::Live => None,
+            // After a crash transaction ids are used again, and we may not have heard of it: nobody can vouch.
+            Hearing::Lost { .. } if at_least != AtLeast::Any => return Err(MissReason::NotHearing),
+            Hearing::Lost { .. } => Some(Stale::StreamLost),
+        };
+        Ok(Lookup::Hit { entry: entry.clone(), tier, stale })
+    }
+
+    fn is_valid(&self, entry: &Entry) -> bool {
+        self.0.judge.judge(entry, AtLeast::Any, now_ms()).is_ok()
+    }
+
+    pub(crate) fn counted(&self, lookup: Lookup) -> Lookup {
+        let stats = &self.0.stats;
+        match &lookup {
+            Lookup::Hit { tier, stale, .. } => {
+                match tier {
+                    Tier::L1 => stats.hits_l1.add(1),
+                    Tier::L2 => stats.hits_l2.add(1),
+                }
+                if stale.is_some() {
+                    stats.stale.add(1);
+                }
+            }
+            Lookup::Miss { reason } => stats.misses(*reason).add(1),
+        }
+        lookup
+    }
+}
+
+pub(crate) fn content_type_is_valid(text: &str) -> bool {
+    (1..=255).contains(&text.len()) && text.bytes().all(|b| (0x20..0x7f).contains(&b))
+}

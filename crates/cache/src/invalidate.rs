@@ -1,0 +1,236 @@
+//! Judges entries: may this be answered, now, to this reader? The only place that asks the tag clock.
+//!
+//! Called by every read and every store. Never removes anything itself.
+//!
+//! What makes the cache safe is that **each read is judged**, after the entry is in hand. Whatever a store, a slow L2
+//! or a restart put into a tier, an entry whose fence does not cover a commit on its tags is not answered.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use tokio::sync::Notify;
+use walcast_model::{Fence, Lsn, TagClock, Xid};
+
+use crate::{Entry, Refusal};
+
+/// How fresh an answer must be at least.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub enum AtLeast {
+    #[default]
+    Any,
+    /// It contains what this transaction wrote.
+    Xid(Xid),
+    /// It contains every commit on its tags up to here. The caller has compared epochs.
+    Lsn(Lsn),
+}
+
+/// Do we hear of commits? Set by whoever reads the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hearing {
+    Live,
+    /// Nothing is answered as fresh, and nothing stored. Unix milliseconds.
+    Lost {
+        since_ms: u64,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MissReason {
+    Absent,
+    Expired,
+    /// A commit, or somebody's hand, touched its tags; or the floor moved.
+    Invalidated,
+    /// Not known to contain what the reader asked for.
+    Behind,
+    /// A reader asked for a freshness that nobody can vouch for while the stream is lost.
+    NotHearing,
+    /// The config is strict and does not name the namespace.
+    UnknownNamespace,
+}
+
+impl MissReason {
+    pub const ALL: [MissReason; 6] = [
+        MissReason::Absent,
+        MissReason::Expired,
+        MissReason::Invalidated,
+        MissReason::Behind,
+        MissReason::NotHearing,
+        MissReason::UnknownNamespace,
+    ];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MissReason::Absent => "absent",
+            MissReason::Expired => "expired",
+            MissReason::Invalidated => "invalidated",
+            MissReason::Behind => "behind",
+            MissReason::NotHearing => "not_hearing",
+            MissReason::UnknownNamespace => "unknown_namespace",
+        }
+    }
+}
+
+impl fmt::Display for MissReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+pub(crate) struct Judge {
+    clock: Arc<TagClock>,
+    invalidated_to: AtomicU64,
+    moved: Notify,
+    /// 0 while live.
+    lost_since_ms: AtomicU64,
+}
+
+impl Judge {
+    /// Begins lost: until somebody says that commits are heard, nothing is fresh.
+    pub(crate) fn new(clock: Arc<TagClock>, now: u64) -> Judge {
+        Judge { clock, invalidated_to: AtomicU64::new(0), moved: Notify::new(), lost_since_ms: AtomicU64::new(now.max(1)) }
+    }
+
+    pub(crate) fn clock(&self) -> &TagClock {
+        &self.clock
+    }
+
+    pub(crate) fn set_hearing(&self, hearing: Hearing) {
+        let since = match hearing {
+            Hearing::Live => 0,
+            Hearing::Lost { since_ms } => since_ms.max(1),
+        };
+        self.lost_since_ms.store(since, Ordering::Release);
+    }
+
+    pub(crate) fn hearing(&self) -> Hearing {
+        match self.lost_since_ms.load(Ordering::Acquire) {
+            0 => Hearing::Live,
+            since_ms => Hearing::Lost { since_ms },
+        }
+    }
+
+    pub(crate) fn is_lost(&self) -> bool {
+        self.hearing() != Hearing::Live
+    }
+
+    /// Called after the tags of the commit were raised.
+    pub(crate) fn note_invalidated(&self, lsn: Lsn) {
+        self.invalidated_to.fetch_max(lsn.0, Ordering::AcqRel);
+        self.moved.notify_waiters();
+    }
+
+    pub(crate) fn invalidated_to(&self) -> Lsn {
+        Lsn(self.invalidated_to.load(Ordering::Acquire))
+    }
+
+    /// Waits until every commit up to `lsn` was invalidated.
+    pub(crate) async fn reach(&self, lsn: Lsn) {
+        loop {
+            let mut moved = std::pin::pin!(self.moved.notified());
+            // Enlist before looking, or a commit in between is missed.
+            moved.as_mut().enable();
+            if self.invalidated_to() >= lsn {
+                return;
+            }
+            moved.await;
+        }
+    }
+
+    /// May this entry be answered as fresh (given that commits are heard)?
+    pub(crate) fn judge(&self, entry: &Entry, at_least: AtLeast, now: u64) -> Result<(), MissReason> {
+        if entry.expires_at <= now {
+            return Err(MissReason::Expired);
+        }
+        // Contains first, admits after: what `contains` found to be invalidated up to an LSN is then raised already.
+        let contains = self.contains(entry, at_least);
+        if !self.clock.admits(&entry.fence, &entry.tag_hashes) {
+            return Err(MissReason::Invalidated);
+        }
+        if contains { Ok(()) } else { Err(MissReason::Behind) }
+    }
+
+    pub(crate) fn contains(&self, entry: &Entry, at_least: AtLeast) -> bool {
+        match at_least {
+            AtLeast::Any => true,
+            AtLeast::Xid(xid) => entry.fence.snapshot.sees(xid),
+            AtLeast::Lsn(lsn) => {
+                entry.fence.settled >= lsn
+                    || (self.invalidated_to() >= lsn && self.clock.admits_until(&entry.fence, &entry.tag_hashes, lsn))
+            }
+        }
+    }
+
+    /// Does the value contain every commit on its tags that was invalidated before a reader came who noted `heard`?
+    pub(crate) fn covers(&self, entry: &Entry, heard: Lsn) -> bool {
+        self.clock.admits_until(&entry.fence, &entry.tag_hashes, heard)
+    }
+
+    /// May a value read at this fence be stored? This spares the tiers; safe is only the judgement at each read,
+    /// for a commit may come in the moment after.
+    pub(crate) fn refuses(&self, entry: &Entry) -> Option<Refusal> {
+        if self.is_lost() {
+            return Some(Refusal::NotHearing);
+        }
+        if entry.fence.floor != self.clock.floor() {
+            return Some(Refusal::FloorMoved);
+        }
+        (!self.clock.admits(&entry.fence, &entry.tag_hashes)).then_some(Refusal::Touched)
+    }
+
+    /// May it at least be answered as stale? Not from before the floor, and not what was invalidated by hand:
+    /// whoever did that wanted it gone.
+    pub(crate) fn grace(&self, entry: &Entry) -> bool {
+        self.clock.admits(&entry.fence, entry.own_hashes())
+    }
+
+    /// The fence of a value that does not come from the database.
+    pub(crate) fn external_fence(&self) -> Fence {
+        // Floor first: if it moves in between, the value is refused rather than believed.
+        let floor = self.clock.floor();
+        Fence { snapshot: walcast_model::Snapshot::blind(), settled: self.invalidated_to(), floor }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use walcast_model::{CacheKey, Floor, Snapshot, Stamp, Tag};
+
+    use super::*;
+    use crate::NewValue;
+
+    fn judge_and_entry() -> (Judge, Entry) {
+        let judge = Judge::new(Arc::new(TagClock::new(1024, Floor(1))), 0);
+        let tags = vec![Tag::parse("patients").unwrap()];
+        let value = NewValue { value: "x".into(), content_type: "text/plain".into(), tags, ttl: None };
+        let fence = Fence { snapshot: Snapshot::blind(), settled: Lsn(50), floor: Floor(1) };
+        let key = CacheKey::new("n", "k").unwrap();
+        (judge, Entry::new(&key, value, Duration::from_secs(60), fence, 1_000))
+    }
+
+    #[test]
+    fn an_entry_ends_with_its_time() {
+        let (judge, entry) = judge_and_entry();
+        assert_eq!(judge.judge(&entry, AtLeast::Any, 60_999), Ok(()));
+        assert_eq!(judge.judge(&entry, AtLeast::Any, 61_000), Err(MissReason::Expired));
+    }
+
+    #[test]
+    fn grace_covers_age_and_commits_but_no_hand_and_no_floor() {
+        let (judge, entry) = judge_and_entry();
+        let stamp = |lsn| Stamp { lsn: Lsn(lsn), xid: Xid(9) };
+        judge.clock().raise(Tag::parse("patients").unwrap().hash(), stamp(100));
+        assert!(judge.judge(&entry, AtLeast::Any, 2_000).is_err() && judge.grace(&entry));
+        judge.clock().raise(Tag::namespace("n").hash(), stamp(101));
+        assert!(!judge.grace(&entry));
+        let (judge, entry) = judge_and_entry();
+        judge.clock().move_floor(Floor(2));
+        assert!(!judge.grace(&entry));
+    }
+}

@@ -1,0 +1,38 @@
+//! The cache: L1 in memory over L2 in a PostgreSQL table, with tickets, fences and flights.
+//!
+//! [`Cache`] is the face: `get`, `put`, `get_or_compute`. What decides is never here but in
+//! [`walcast_model::TagClock`], which somebody else raises as commits come in: each answer is judged by it.
+//! Knows nothing of WAL or HTTP.
+//!
+//! | question | file |
+//! |---|---|
+//! | why was this entry dropped | `invalidate` |
+//! | how are stampedes stopped | `flight`, `compute` |
+//! | what is a fill ticket | `ticket` |
+//! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
+
+mod breaker;
+mod cache;
+mod compute;
+mod config;
+mod entry;
+mod flight;
+mod invalidate;
+mod l1;
+mod l2;
+mod l2_writer;
+mod stats;
+mod ticket;
+
+pub use cache::{Cache, Lookup, PutError, Refusal, Stale, Stored, Tier};
+pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
+pub use config::{CacheConfig, NamespaceConfig};
+pub use entry::{Entry, NewValue, etag};
+pub use invalidate::{AtLeast, Hearing, MissReason};
+pub use l2::{L2, L2Config};
+pub use l2_writer::Swept;
+pub use stats::{Counter, Stats};
+pub use ticket::{TicketError, Tickets};
+
+/// What this room puts into the database, in order.
+pub const MIGRATIONS: &[(&str, &str)] = &[("cache/0001_entries", include_str!("../sql/0001_entries.sql"))];

@@ -1,0 +1,81 @@
+//! What the cache counts. Plain atomics; the engine exports them.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::{MissReason, Refusal};
+
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Stats {
+    pub hits_l1: Counter,
+    pub hits_l2: Counter,
+    /// Answers marked stale, whatever the reason.
+    pub stale: Counter,
+    misses: [Counter; MissReason::ALL.len()],
+    pub stores: Counter,
+    refusals: [Counter; Refusal::ALL.len()],
+    /// Computations that others could join.
+    pub flights: Counter,
+    /// Readers that waited for somebody else's computation.
+    pub joins: Counter,
+    /// Leaders that went before they landed.
+    pub leaders_lost: Counter,
+    /// Computations for one reader only.
+    pub alone: Counter,
+    pub compute_errors: Counter,
+    pub l2_errors: Counter,
+    /// Reads and writes that the open breaker spared.
+    pub l2_skipped: Counter,
+    /// Writes that found the queue full.
+    pub l2_dropped: Counter,
+    pub l2_written: Counter,
+    pub l2_swept: Counter,
+}
+
+impl Stats {
+    pub fn misses(&self, reason: MissReason) -> &Counter {
+        &self.misses[reason as usize]
+    }
+
+    pub fn refusals(&self, reason: Refusal) -> &Counter {
+        &self.refusals[reason as usize]
+    }
+
+    /// Name, reason where there is one, value: for whoever exports them all.
+    pub fn all(&self) -> Vec<(&'static str, Option<&'static str>, u64)> {
+        let mut all: Vec<_> = [
+            ("hits_l1", &self.hits_l1),
+            ("hits_l2", &self.hits_l2),
+            ("stale", &self.stale),
+            ("stores", &self.stores),
+            ("flights", &self.flights),
+            ("joins", &self.joins),
+            ("leaders_lost", &self.leaders_lost),
+            ("alone", &self.alone),
+            ("compute_errors", &self.compute_errors),
+            ("l2_errors", &self.l2_errors),
+            ("l2_skipped", &self.l2_skipped),
+            ("l2_dropped", &self.l2_dropped),
+            ("l2_written", &self.l2_written),
+            ("l2_swept", &self.l2_swept),
+        ]
+        .into_iter()
+        .map(|(name, counter)| (name, None, counter.get()))
+        .collect();
+        all.extend(MissReason::ALL.iter().map(|reason| ("misses", Some(reason.as_str()), self.misses(*reason).get())));
+        all.extend(Refusal::ALL.iter().map(|reason| ("refusals", Some(reason.as_str()), self.refusals(*reason).get())));
+        all
+    }
+}

@@ -1,0 +1,298 @@
+//! A read enters: who may use a namespace, how fresh it must be, tickets, puts, and invalidation by hand.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rand::Rng;
+use tokio_postgres::types::Type;
+use tokio_util::sync::CancellationToken;
+use walcast_cache::{AtLeast, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
+use walcast_model::{CacheKey, Claims, Fence, Position, Snapshot, TableName, Tag, Xid};
+use walcast_pg::PgError;
+use walcast_protocol::message::{Message, PREFIX};
+
+use crate::{Core, Engine, config::Deaf};
+
+/// How fresh a read asks to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Freshness {
+    Any,
+    AtLeast(Position),
+    /// Must contain this transaction.
+    Contains(u64),
+}
+
+/// From what a value that is put was made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Written {
+    /// Read in a transaction begun after the ticket was issued.
+    Ticket(String),
+    /// The application's own write: contains this transaction.
+    By(u64),
+    /// Not from this database.
+    External,
+}
+
+#[derive(Debug, Clone)]
+pub struct Invalidated {
+    /// From here on no node answers the old entries.
+    pub position: Position,
+    pub tags: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidateError {
+    #[error("more than {0} tags in one request; invalidate a namespace or a table instead")]
+    TooMany(usize),
+    #[error("the invalidation is written but was not heard within {0} s: the stream is behind")]
+    Unheard(u64),
+    #[error(transparent)]
+    Database(#[from] PgError),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PutFailure {
+    #[error(transparent)]
+    Put(#[from] PutError),
+    #[error("the ticket is not good: {0}")]
+    Ticket(TicketError),
+    #[error("namespace `{0}` takes values from the database only: put with the Walcast-Ticket of a miss, or set source = \"external\" for it")]
+    TicketRequired(String),
+    #[error("{0} is not raised by commits: {1}")]
+    UntrackedTag(Tag, &'static str),
+    #[error("transaction {0} has not touched the value's tags, as far as the stream tells")]
+    UnknownTransaction(u64),
+    #[error(transparent)]
+    Database(#[from] PgError),
+}
+
+/// A shared fence is good for this long; an older one is only more careful, so this is about hit rate.
+const FENCE_AGE: Duration = Duration::from_millis(5);
+const WAIT_FOR_STREAM: Duration = Duration::from_secs(5);
+const INVALIDATE_TAGS: usize = 1_000;
+
+impl Engine {
+    /// `service_role`, and the roles that the namespace's config names.
+    pub fn may_use_namespace(&self, claims: &Claims, namespace: &str) -> bool {
+        // What queries keep was made under somebody's row security: nobody reads or writes it by key.
+        if namespace.starts_with(walcast_query::NAMESPACE_PREFIX) {
+            return false;
+        }
+        let settings = self.core.config.cache.namespaces.get(namespace);
+        claims.role() == "service_role" || settings.is_some_and(|settings| settings.roles.iter().any(|role| role == claims.role()))
+    }
+
+    /// Every namespace, unless the config says strict.
+    pub fn knows_namespace(&self, namespace: &str) -> bool {
+        self.core.cache.namespace(namespace).is_some()
+    }
+
+    pub async fn cache_get(&self, key: &CacheKey, freshness: Freshness) -> Lookup {
+        let core = &self.core;
+        let at_least = match core.at_least(freshness).await {
+            Some(at_least) => at_least,
+            None => return Lookup::Miss { reason: MissReason::NotHearing },
+        };
+        match core.cache.get(key, at_least).await {
+            Lookup::Hit { stale: Some(_), .. } if core.config.cache.deaf == Deaf::Compute => {
+                Lookup::Miss { reason: MissReason::NotHearing }
+            }
+            lookup => lookup,
+        }
+    }
+
+    /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
+    pub async fn cache_ticket(&self, key: &CacheKey) -> Option<String> {
+        let fence = self.core.fence().await.ok()?;
+        Some(self.core.cache.issue_ticket(&fence, key))
+    }
+
+    pub async fn cache_put(&self, key: &CacheKey, value: NewValue, written: Written) -> Result<Stored, PutFailure> {
+        let core = &self.core;
+        let namespace = core.cache.namespace(key.namespace());
+        let external = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?.external;
+        if !external {
+            core.check_tags(&value.tags).await?;
+        }
+        let fence = match written {
+            Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
+            Written::External if external => core.cache.external_fence(),
+            Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
+            Written::By(xid) => core.fence_of(Xid(xid), &value.tags).await?,
+        };
+        Ok(core.cache.put(key, value, fence)?)
+    }
+
+    /// Raises tags as one commit of our own, and answers once it has come back: then it holds here, and
+    /// in every node that reads the same stream, by that position.
+    pub async fn invalidate(&self, tags: Vec<Tag>) -> Result<Invalidated, InvalidateError> {
+        if tags.len() > INVALIDATE_TAGS {
+            return Err(InvalidateError::TooMany(INVALIDATE_TAGS));
+        }
+        let core = &self.core;
+        let id = format!("{:032x}", rand::rng().random::<u128>());
+        let count = tags.len();
+        let message = Message::Invalidate { tags: tags.iter().map(|tag| tag.as_str().to_owned()).collect(), id: Some(id.clone()) };
+        let mut echo = core.echoes.listen(&id);
+        let doing = "writing an invalidation";
+        let lease = core.pool.lease(doing).await?;
+        let (text, prefix) = (message.text(), PREFIX);
+        lease.batch_execute("begin; set local synchronous_commit = local").await.map_err(PgError::when(doing))?;
+        let written = lease
+            .query_typed("select pg_logical_emit_message(true, $1, $2)", &[(&prefix, Type::TEXT), (&text, Type::TEXT)])
+            .await
+            .map_err(PgError::when(doing));
+        let ended = lease.batch_execute(if written.is_ok() { "commit" } else { "rollback" }).await.map_err(PgError::when(doing));
+        if ended.is_err() {
+            lease.discard();
+        } else {
+            drop(lease);
+        }
+        written?;
+        ended?;
+        let heard = tokio::time::timeout(WAIT_FOR_STREAM, echo.heard()).await.ok().flatten();
+        let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
+        Ok(Invalidated { position: Position { epoch: core.progress.epoch(), lsn, index }, tags: count })
+    }
+
+    pub fn cache_delete_local(&self, key: &CacheKey) -> bool {
+        self.core.cache.delete_local(key)
+    }
+
+    pub fn position(&self) -> Position {
+        let lsn = self.core.progress.invalidated();
+        Position { epoch: self.core.progress.epoch(), lsn, index: 0 }
+    }
+}
+
+impl Core {
+    /// Floor and W first, then the snapshot: what moves in between only makes the fence more careful.
+    pub(crate) async fn fence(&self) -> Result<Fence, PgError> {
+        if let Some((fence, at)) = self.shared_fence.lock().clone()
+            && at.elapsed() <= FENCE_AGE
+            && fence.floor == self.clock.floor()
+        {
+            return Ok(fence);
+        }
+        let (floor, settled) = (self.clock.floor(), self.progress.settled());
+        let sample = self.sampler.fresh().await?;
+        let fence = Fence { snapshot: sample.snapshot, settled, floor };
+        *self.shared_fence.lock() = Some((fence.clone(), sample.taken_at));
+        Ok(fence)
+    }
+
+    /// Waits for the stream where the read asks for it. None: it did not come.
+    pub(crate) async fn at_least(&self, freshness: Freshness) -> Option<AtLeast> {
+        match freshness {
+            Freshness::Any => Some(AtLeast::Any),
+            Freshness::Contains(xid) => Some(AtLeast::Xid(Xid(xid))),
+            Freshness::AtLeast(position) if position.epoch != self.progress.epoch() => None,
+            Freshness::AtLeast(position) => {
+                let heard = position.lsn <= self.progress.invalidated() || self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await;
+                heard.then_some(AtLeast::Lsn(position.lsn))
+            }
+        }
+    }
+
+    /// The application wrote and knows the result: the value contains everything up to its own commit, and
+    /// falls with any later one.
+    async fn fence_of(&self, xid: Xid, tags: &[Tag]) -> Result<Fence, PutFailure> {
+        let floor = self.clock.floor();
+        let until = Instant::now() + WAIT_FOR_STREAM;
+        loop {
+            if let Some(lsn) = tags.iter().find_map(|tag| self.clock.raised_by(tag.hash(), xid))
+                && lsn <= self.progress.settled()
+            {
+                return Ok(Fence { snapshot: Snapshot::blind(), settled: lsn, floor });
+            }
+            if Instant::now() >= until {
+                return Err(PutFailure::UnknownTransaction(xid.0));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    /// A tag that looks like a table's must be one that commits raise, or the value would never fall.
+    async fn check_tags(&self, tags: &[Tag]) -> Result<(), PutFailure> {
+        for tag in tags {
+            let (table, column) = match tag.row_parts() {
+                Some((table, column, _)) => (table, Some(column)),
+                None => (tag.as_str(), None),
+            };
+            let table = TableName::parse(table);
+            let facts = self.tracked(&table).await?;
+            let refused = |why| Err(PutFailure::UntrackedTag(tag.clone(), why));
+            match (facts, column) {
+                // No such table: a tag of the application's own.
+                (None, _) => {}
+                (Some(facts), _) if !facts.published => return refused("the table is not in the cache's publication; `walcast migrate` adds it"),
+                (Some(facts), Some(column)) if !facts.columns.iter().any(|known| known == column) => {
+                    return refused("the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn tracked(&self, table: &TableName) -> Result<Option<Tracked>, PgError> {
+        if let Some((tracked, at)) = self.tracked.lock().get(table)
+            && at.elapsed() < Duration::from_secs(5)
+        {
+            return Ok(tracked.clone());
+        }
+        let tracked = match self.catalog.table_id(table).await? {
+            None => None,
+            Some(id) => {
+                let facts = self.catalog.table(id).await?;
+                let columns = facts.map(|facts| facts.columns.into_iter().filter(|c| c.tagged).map(|c| c.name).collect());
+                let published = self.is_published(table).await?;
+                Some(Tracked { published, columns: columns.unwrap_or_default() })
+            }
+        };
+        let mut known = self.tracked.lock();
+        // Names come from callers: the map must not grow with what they invent.
+        if known.len() >= 1_000 {
+            known.clear();
+        }
+        known.insert(table.clone(), (tracked.clone(), Instant::now()));
+        Ok(tracked)
+    }
+
+    async fn is_published(&self, table: &TableName) -> Result<bool, PgError> {
+        let doing = "reading the publication";
+        let lease = self.pool.lease(doing).await?;
+        let (publication, schema, name) = (self.config.publication_cache.as_str(), table.schema(), table.table());
+        let sql = "select exists (select from pg_catalog.pg_publication_tables where pubname = $1 and schemaname = $2 and tablename = $3)";
+        let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] =
+            &[(&publication, Type::TEXT), (&schema, Type::TEXT), (&name, Type::TEXT)];
+        let rows = lease.query_typed(sql, params).await.map_err(PgError::when(doing))?;
+        Ok(rows.first().is_some_and(|row| row.get(0)))
+    }
+}
+
+/// What commits raise for a table.
+#[derive(Debug, Clone)]
+pub struct Tracked {
+    published: bool,
+    columns: Vec<String>,
+}
+
+/// Lets expired rows of L2 go, once a minute.
+pub async fn sweep(core: Arc<Core>, cancel: CancellationToken) {
+    let Some(l2) = core.cache.l2() else { return };
+    let mut ticks = tokio::time::interval(Duration::from_secs(60));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => {
+                l2.flush().await;
+                return;
+            }
+            _ = ticks.tick() => if let Err(error) = l2.sweep().await {
+                tracing::debug!(%error, "expired cache rows stay for now");
+            },
+        }
+    }
+}

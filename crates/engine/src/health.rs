@@ -1,0 +1,104 @@
+//! Is it alive, is it ready, how far behind is it. Read by `/readyz` and the metrics, never by the pipeline.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use walcast_cache::Hearing;
+
+use crate::{Core, Engine, progress::StreamState};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    Ready,
+    NotReady,
+}
+
+#[derive(Debug, Clone)]
+pub struct Health {
+    pub readiness: Readiness,
+    pub report: Value,
+}
+
+impl Engine {
+    pub fn health(&self) -> Health {
+        let core = &self.core;
+        let mut reasons: Vec<String> = Vec::new();
+        let stream = match core.progress.stream() {
+            StreamState::Attached => json!({ "state": "attached" }),
+            StreamState::Starting => {
+                reasons.push("the stream is not attached yet".into());
+                json!({ "state": "starting" })
+            }
+            StreamState::Away { since, why } => {
+                reasons.push(format!("the stream is away: {why}"));
+                json!({ "state": "away", "why": why, "since_ms": since.elapsed().as_millis() as u64 })
+            }
+        };
+        if let Some(unsettled) = core.progress.unsettled() {
+            reasons.push(format!(
+                "transaction {} at {} is committed but not visible for {} s: is a synchronous standby away?",
+                unsettled.xid,
+                unsettled.lsn,
+                unsettled.since.elapsed().as_secs()
+            ));
+        }
+        if matches!(core.cache.hearing(), Hearing::Lost { .. }) && reasons.is_empty() {
+            reasons.push("our own heartbeat has not come back through the stream".into());
+        }
+        let (busy, idle, allowed) = core.pool.status();
+        let readiness = if reasons.is_empty() { Readiness::Ready } else { Readiness::NotReady };
+        let announced = core.progress.announced();
+        let report = json!({
+            "ready": readiness == Readiness::Ready,
+            "reasons": reasons,
+            "stream": stream,
+            "position": announced.to_string(),
+            "read_to": core.progress.read_to().to_string(),
+            "invalidated_to": core.progress.invalidated().to_string(),
+            "catching_up": core.progress.read_to() < core.progress.catch_up(),
+            "heard_ago_ms": core.progress.heard_ago().map(|ago| ago.as_millis() as u64),
+            "warnings": core.warnings.lock().clone(),
+            "subscriptions": core.subscriptions.count(),
+            "pool": { "busy": busy, "idle": idle, "allowed": allowed },
+            "cache": {
+                "l1_entries": core.cache.l1_entries(),
+                "l1_bytes": core.cache.l1_bytes(),
+                "l2": match core.cache.l2() { None => "off", Some(l2) if l2.is_away() => "away", Some(_) => "on" },
+            },
+            "uptime_s": core.started.elapsed().as_secs(),
+        });
+        Health { readiness, report }
+    }
+
+    /// Brings the gauges up to date; called when metrics are read.
+    pub fn refresh_gauges(&self) {
+        let core = &self.core;
+        core.metrics.subscriptions.set(core.subscriptions.count() as f64);
+        core.metrics.stream_attached.set(f64::from(u8::from(core.progress.stream() == StreamState::Attached)));
+        core.metrics.replay_bytes.set(core.ring.lock().bytes() as f64);
+        core.metrics.heard_ago.set(core.progress.heard_ago().map_or(-1.0, |ago| ago.as_secs_f64()));
+        if let Some(sample) = core.sampler.latest(Duration::from_secs(60)) {
+            core.metrics.lag_bytes.set(sample.wal_insert.bytes_since(core.progress.read_to()) as f64);
+        }
+        for (name, reason, value) in core.cache.stats().all() {
+            match reason {
+                Some(reason) => metrics::counter!(format!("walcast_cache_{name}_total"), "reason" => reason).absolute(value),
+                None => metrics::counter!(format!("walcast_cache_{name}_total")).absolute(value),
+            }
+        }
+        metrics::gauge!("walcast_cache_l1_bytes").set(core.cache.l1_bytes() as f64);
+        metrics::gauge!("walcast_cache_l1_entries").set(core.cache.l1_entries() as f64);
+    }
+}
+
+/// Tells the cache whether we hear. Ten times a second: a fifth of the shortest staleness that makes sense.
+pub async fn listen(core: Arc<Core>, cancel: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            _ = ticks.tick() => core.hearing_changed(),
+        }
+    }
+}

@@ -1,0 +1,292 @@
+//! The corridor: wires the rooms into the pipeline, owns the tasks, is the embeddable face.
+//!
+//! [`Engine::start`] attaches to a database; [`Engine::subscribe`], [`Engine::cache`] and [`Engine::query`] are the three
+//! ways through the house. What happens when a row changes: [`pipeline`].
+
+pub mod cache_face;
+pub mod config;
+pub mod doctor;
+mod echoes;
+mod health;
+mod metrics;
+pub mod migrate;
+pub mod pipeline;
+mod progress;
+mod queries;
+mod subscribe;
+mod subscriptions;
+mod visibility;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use parking_lot::Mutex;
+use rand::Rng;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use walcast_auth::Tokens;
+use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config, NamespaceConfig};
+use walcast_hub::ReplayRing;
+use walcast_model::{Fence, Floor, Lsn, TableName, TagClock};
+use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
+use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
+
+pub use cache_face::{Freshness, InvalidateError, Invalidated, PutFailure, Written};
+pub use config::EngineConfig;
+pub use health::{Health, Readiness};
+pub use progress::StreamState;
+pub use queries::{How, QueryAnswer, QueryFailure};
+pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
+pub use subscriptions::{Shape, SubscriptionHandle};
+pub use walcast_auth::{TokenError, install_crypto};
+pub use walcast_cache::{Entry, Lookup, NewValue, MissReason, PutError, Source, Stale, Stored, TicketError, Tier};
+pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
+pub use walcast_model as model;
+pub use walcast_pg::{ConnectConfig, ConnectError as DatabaseUrlError};
+
+use crate::{
+    cache_face::Tracked,
+    echoes::Echoes,
+    metrics::Metrics,
+    pipeline::{Remembered, acknowledge, announce, intake::IntakeTask, settle},
+    progress::Progress,
+    queries::CachedQueries,
+    subscriptions::Subscriptions,
+    visibility::RuleBook,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Url(#[from] ConnectError),
+    #[error(transparent)]
+    Database(#[from] PgError),
+    #[error(transparent)]
+    Slot(#[from] SlotError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error("{0}")]
+    NotReady(#[from] doctor::NotReady),
+    #[error("{0}")]
+    Queries(String),
+}
+
+/// What all stages share. Each field has one writer; see the task table in ARCHITECTURE.md.
+pub struct Core {
+    pub(crate) config: EngineConfig,
+    pub(crate) pool: Pool,
+    pub(crate) catalog: Catalog,
+    pub(crate) sampler: Sampler,
+    pub(crate) clock: Arc<TagClock>,
+    pub(crate) cache: Cache,
+    pub(crate) queries: CachedQueries,
+    pub(crate) tokens: Tokens,
+    pub(crate) progress: Progress,
+    pub(crate) ring: Mutex<ReplayRing<Remembered>>,
+    pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) rules: RuleBook,
+    pub(crate) echoes: Echoes,
+    pub(crate) metrics: Metrics,
+    pub(crate) standing: Mutex<Option<Standing>>,
+    pub(crate) fingerprint: Mutex<String>,
+    pub(crate) shared_fence: Mutex<Option<(Fence, Instant)>>,
+    pub(crate) tracked: Mutex<HashMap<TableName, (Option<Tracked>, Instant)>>,
+    /// What the doctor warned of at the start.
+    pub(crate) warnings: Mutex<Vec<String>>,
+    /// Somebody waits for the stream to pass what is written but not flushed.
+    pub(crate) nudge: Notify,
+    /// Our heartbeats carry it: nobody else's make us believe that we hear.
+    pub(crate) nonce: String,
+    nonces: AtomicU64,
+    pub(crate) acknowledge_bytes: u64,
+    started: Instant,
+}
+
+/// Cheap to clone; [`Engine::stop`] ends its tasks.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) core: Arc<Core>,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// Waiting for a free connection of the pool.
+const LEASE_WAIT: Duration = Duration::from_secs(5);
+/// Connections outside the pool: replication, sampler, keeper, and one to attach or invalidate.
+const OWN_CONNECTIONS: usize = 4;
+/// Messages between stages; their bytes are bounded by the intake's room.
+const STAGE_QUEUE: usize = 4_096;
+
+impl Engine {
+    /// Attaches to the database, or says clearly why not. On return the stream is open.
+    pub async fn start(config: EngineConfig) -> Result<Engine, EngineError> {
+        let control = config.connect.connect().await?;
+        let expect = expectations(&config);
+        doctor::before_serve(&control, &expect).await?;
+        let warnings = doctor::warnings(&control, &expect).await?;
+        let acknowledge_bytes = acknowledge_bytes(&control, config.stream.acknowledge_bytes).await?;
+        drop(control);
+
+        let pool = Pool::new(&config.connect, config.max_connections.saturating_sub(OWN_CONNECTIONS).max(2), LEASE_WAIT)?;
+        let clock = Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(0)));
+        let l2 = config.cache.l2.then(|| L2::start(pool.clone(), L2Config::default()));
+        let queries = CachedQueries::load(&config, &pool).map_err(EngineError::Queries)?;
+        let cache = Cache::new(cache_config(&config, &queries), clock.clone(), l2);
+        let core = Arc::new(Core {
+            catalog: Catalog::new(pool.clone()),
+            sampler: Sampler::start(config.connect.clone()),
+            tokens: Tokens::new(&config.auth.jwt_secret, config.auth.allowed_roles.clone()),
+            progress: Progress::default(),
+            ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
+            subscriptions: Arc::default(),
+            rules: RuleBook::default(),
+            echoes: Echoes::default(),
+            metrics: Metrics::register(),
+            standing: Mutex::new(None),
+            fingerprint: Mutex::default(),
+            shared_fence: Mutex::new(None),
+            tracked: Mutex::default(),
+            warnings: Mutex::new(warnings),
+            nudge: Notify::new(),
+            nonce: format!("{:032x}", rand::rng().random::<u128>()),
+            nonces: AtomicU64::new(0),
+            started: Instant::now(),
+            acknowledge_bytes,
+            clock,
+            cache,
+            queries,
+            pool,
+            config,
+        });
+
+        let (to_settle, settle_inbox) = mpsc::channel(STAGE_QUEUE);
+        let (to_announce, announce_inbox) = mpsc::channel(4);
+        let (acknowledge, acknowledged) = watch::channel(Lsn::ZERO);
+        let mut intake = IntakeTask::new(core.clone(), to_settle, acknowledged);
+        let stream = intake.attach().await?;
+        let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
+        tasks.spawn(intake.run(stream, cancel.clone()));
+        tasks.spawn(settle::run(core.clone(), settle_inbox, to_announce));
+        tasks.spawn(announce::run(core.clone(), announce_inbox));
+        tasks.spawn(acknowledge::run(core.clone(), acknowledge, cancel.clone()));
+        tasks.spawn(health::listen(core.clone(), cancel.clone()));
+        tasks.spawn(cache_face::sweep(core.clone(), cancel.clone()));
+        tasks.close();
+        Ok(Engine { core, cancel, tasks })
+    }
+
+    /// Ends every task and waits for them, so that the slot is free afterwards.
+    pub async fn stop(&self) {
+        self.cancel.cancel();
+        if tokio::time::timeout(Duration::from_secs(10), self.tasks.wait()).await.is_err() {
+            tracing::warn!("some tasks did not end in 10 s");
+        }
+        self.core.pool.close();
+    }
+
+    pub fn verify(&self, token: &str) -> Result<model::Claims, TokenError> {
+        self.core.tokens.verify(token)
+    }
+
+    /// Everything up to here has been handed to its subscribers.
+    pub fn announced(&self) -> model::Position {
+        self.core.progress.announced()
+    }
+}
+
+impl Core {
+    pub(crate) fn next_nonce(&self) -> u64 {
+        self.nonces.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Fresh only while we hear ourselves.
+    pub(crate) fn hearing_changed(&self) {
+        let heard = self.progress.heard_ago().is_some_and(|ago| ago <= self.config.cache.max_staleness);
+        match (heard, self.cache.hearing()) {
+            (true, Hearing::Lost { .. }) => self.cache.set_hearing(Hearing::Live),
+            (false, Hearing::Live) => self.cache.set_hearing(Hearing::Lost { since_ms: now_ms() }),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn note_latency(&self, committed_at_us: i64) {
+        let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as i64);
+        self.metrics.commit_to_announced.record((now_us - committed_at_us).max(0) as f64 / 1e6);
+    }
+
+    /// Both publications, or the cache's alone where a column list of the other makes PostgreSQL refuse the pair.
+    pub(crate) async fn publications(&self, client: &tokio_postgres::Client) -> Result<Vec<String>, PgError> {
+        let both = vec![self.config.publication_cache.clone(), self.config.publication_realtime.clone()];
+        let sql = "select coalesce(string_agg(distinct a.schemaname || '.' || a.tablename, ', '), '') \
+                   from pg_catalog.pg_publication_tables a join pg_catalog.pg_publication_tables b \
+                   on b.schemaname = a.schemaname and b.tablename = a.tablename and b.pubname = $2 \
+                   where a.pubname = $1 and a.attnames is distinct from b.attnames";
+        let text = tokio_postgres::types::Type::TEXT;
+        let rows = client
+            .query_typed(sql, &[(&both[0], text.clone()), (&both[1], text)])
+            .await
+            .map_err(PgError::when("comparing publications"))?;
+        let conflicting: &str = rows.first().map(|row| row.get(0)).unwrap_or_default();
+        if conflicting.is_empty() {
+            return Ok(both);
+        }
+        tracing::warn!(
+            tables = conflicting,
+            "publication `{}` has column lists of its own for tables of `{}`: only the latter is streamed, and the lists are applied here",
+            both[1],
+            both[0]
+        );
+        Ok(both.into_iter().take(1).collect())
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
+fn expectations(config: &EngineConfig) -> doctor::Expectations {
+    doctor::Expectations {
+        slot: config.slot.clone(),
+        publication_cache: config.publication_cache.clone(),
+        publication_realtime: config.publication_realtime.clone(),
+        allowed_roles: config.auth.allowed_roles.clone(),
+        acknowledge_bytes: config.stream.acknowledge_bytes,
+        max_connections: config.max_connections as u64,
+        jwt_secret_bytes: Some(config.auth.jwt_secret.len()),
+    }
+}
+
+/// At most a tenth of what the server lets a slot hold back.
+async fn acknowledge_bytes(client: &tokio_postgres::Client, configured: u64) -> Result<u64, PgError> {
+    let sql = "select setting::int8 from pg_catalog.pg_settings where name = 'max_slot_wal_keep_size'";
+    let rows = client.query_typed(sql, &[]).await.map_err(PgError::when("reading max_slot_wal_keep_size"))?;
+    match rows.first().map(|row| row.get::<_, i64>(0)) {
+        Some(megabytes) if megabytes >= 0 => Ok(configured.min(((megabytes as u64) << 20) / 10)),
+        _ => Ok(configured),
+    }
+}
+
+fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {
+    // Named by files, not by the config: known also where the config is strict.
+    let of_queries = queries.namespaces().map(|name| (name, NamespaceConfig::default()));
+    let namespaces = config.cache.namespaces.iter().map(|(name, settings)| {
+        let kept = NamespaceConfig { ttl: settings.ttl, external: settings.external, serve_stale: settings.serve_stale };
+        (name.clone(), kept)
+    });
+    CacheConfig {
+        l1_bytes: config.cache.l1_bytes as u64,
+        max_value_bytes: config.cache.max_value_bytes,
+        default_ttl: config.cache.default_ttl,
+        // Of this process: a ticket of the one before is refused, as its snapshot may be from before a crash.
+        ticket_secret: rand::rng().random(),
+        strict: config.cache.strict,
+        namespaces: namespaces.chain(of_queries).collect(),
+        ..CacheConfig::default()
+    }
+}

@@ -1,0 +1,58 @@
+//! Counters with static handles: nothing is looked up by label on a hot path.
+
+use metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+
+pub struct Metrics {
+    pub commits: Counter,
+    pub delivered: Counter,
+    pub hidden: Counter,
+    pub withheld_errors: Counter,
+    pub resyncs: Counter,
+    pub asked: Counter,
+    pub stream_losses: Counter,
+    pub unsettled: Counter,
+    pub intake_waits: Counter,
+    pub commit_to_announced: Histogram,
+    pub subscriptions: Gauge,
+    pub stream_attached: Gauge,
+    pub lag_bytes: Gauge,
+    pub replay_bytes: Gauge,
+    pub heard_ago: Gauge,
+}
+
+impl Metrics {
+    pub fn register() -> Metrics {
+        describe_counter!("walcast_commits_total", "Commits read from the slot");
+        describe_counter!("walcast_changes_delivered_total", "Row changes handed to outboxes");
+        describe_counter!("walcast_changes_hidden_total", "Row changes that a matching subscriber may not see");
+        describe_counter!("walcast_changes_withheld_errors_total", "Row changes withheld because authorisation could not be decided");
+        describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
+        describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
+        describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
+        describe_counter!("walcast_unsettled_total", "Times a commit stayed invisible beyond the bound");
+        describe_counter!("walcast_intake_waits_total", "Times the reader waited for room in the pipeline");
+        describe_histogram!("walcast_commit_to_announced_seconds", "From commit to outbox, for the last commit of each batch");
+        describe_gauge!("walcast_subscriptions", "Live bindings");
+        describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
+        describe_gauge!("walcast_stream_lag_bytes", "WAL written but not read, as of the newest snapshot");
+        describe_gauge!("walcast_replay_ring_bytes", "Bytes of commits kept for those who come back");
+        describe_gauge!("walcast_heartbeat_age_seconds", "Since our own heartbeat last came back through the stream; -1 while lost");
+        Metrics {
+            commits: counter!("walcast_commits_total"),
+            delivered: counter!("walcast_changes_delivered_total"),
+            hidden: counter!("walcast_changes_hidden_total"),
+            withheld_errors: counter!("walcast_changes_withheld_errors_total"),
+            resyncs: counter!("walcast_resyncs_total"),
+            asked: counter!("walcast_visibility_asked_total"),
+            stream_losses: counter!("walcast_stream_losses_total"),
+            unsettled: counter!("walcast_unsettled_total"),
+            intake_waits: counter!("walcast_intake_waits_total"),
+            commit_to_announced: histogram!("walcast_commit_to_announced_seconds"),
+            subscriptions: gauge!("walcast_subscriptions"),
+            stream_attached: gauge!("walcast_stream_attached"),
+            lag_bytes: gauge!("walcast_stream_lag_bytes"),
+            replay_bytes: gauge!("walcast_replay_ring_bytes"),
+            heard_ago: gauge!("walcast_heartbeat_age_seconds"),
+        }
+    }
+}

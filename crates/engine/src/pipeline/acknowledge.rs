@@ -1,0 +1,190 @@
+//! The keeper's round, once a second: heartbeat into the WAL, checkpoint of the tag clock, acknowledgement, rules.
+//!
+//! The slot is the log: it is acknowledged a little behind, so that a restart can re-read what clients may still ask for,
+//! and never above what a checkpoint covers and what has been announced.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::watch;
+use tokio_postgres::Client;
+use tokio_util::sync::CancellationToken;
+use walcast_model::{Epoch, Lsn, Stamp, Tag};
+use walcast_pg::{PgError, quote_literal};
+use walcast_protocol::message::{Message, PREFIX};
+use walcast_wal::checkpoint;
+
+use crate::{Core, progress::StreamState};
+
+/// A round that takes longer is given up; the next one begins with a new connection.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+
+struct Keeper {
+    core: Arc<Core>,
+    acknowledge: watch::Sender<Lsn>,
+    marks: Marks,
+    epoch: Epoch,
+}
+
+pub async fn run(core: Arc<Core>, acknowledge: watch::Sender<Lsn>, cancel: CancellationToken) {
+    let mut keeper = Keeper { marks: Marks::new(&core), epoch: core.progress.epoch(), core, acknowledge };
+    let mut client: Option<Client> = None;
+    let mut ticks = tokio::time::interval(keeper.core.config.stream.heartbeat);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let nudged = tokio::select! {
+            () = cancel.cancelled() => break,
+            _ = ticks.tick() => false,
+            () = keeper.core.nudge.notified() => true,
+        };
+        if !matches!(keeper.core.progress.stream(), StreamState::Attached) {
+            client = None;
+            continue;
+        }
+        // Taken out for the round: whatever goes wrong, the next one connects anew.
+        let round = keeper.round(client.take(), nudged);
+        match tokio::time::timeout(ROUND_TIMEOUT, round).await {
+            Ok(Ok(kept)) => client = Some(kept),
+            Ok(Err(error)) => tracing::warn!(%error, "the keeper's round failed; it is tried again"),
+            Err(_) => tracing::warn!("the keeper's round took longer than {ROUND_TIMEOUT:?}; it is tried again"),
+        }
+    }
+    // A last checkpoint, so that a restart finds the clock as it was.
+    let last = async {
+        let client = keeper.core.config.connect.connect().await?;
+        keeper.checkpoint(client).await
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(3), last).await;
+}
+
+impl Keeper {
+    async fn round(&mut self, client: Option<Client>, nudged: bool) -> Result<Client, PgError> {
+        let client = match client {
+            Some(client) if !client.is_closed() => client,
+            _ => self.core.config.connect.connect().await?,
+        };
+        heartbeat(&client, &self.core.nonce, nudged).await?;
+        if nudged {
+            return Ok(client);
+        }
+        self.rules(&client).await?;
+        self.checkpoint(client).await
+    }
+
+    async fn checkpoint(&mut self, mut client: Client) -> Result<Client, PgError> {
+        if self.epoch != self.core.progress.epoch() {
+            // Another slot: what was acknowledged of the old one means nothing.
+            self.epoch = self.core.progress.epoch();
+            self.marks = Marks::new(&self.core);
+            self.acknowledge.send_replace(Lsn::ZERO);
+        }
+        // Read before the clock is: what was read has been invalidated.
+        let covered = self.core.progress.read_to();
+        let standing = self.core.standing.lock().clone();
+        if let Some(standing) = standing {
+            let rules = self.core.fingerprint.lock().clone();
+            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered).await?;
+            let mut current = self.core.standing.lock();
+            // Attached anew meanwhile: that standing is the newer one.
+            if current.as_ref().is_some_and(|now| (now.epoch, now.floor) == (saved.epoch, saved.floor)) {
+                *current = Some(saved);
+            }
+        }
+        if let Some(lsn) = self.marks.acknowledgeable(&self.core, covered) {
+            self.acknowledge.send_if_modified(|at| {
+                let further = lsn > *at;
+                *at = lsn.max(*at);
+                further
+            });
+        }
+        Ok(client)
+    }
+
+    /// What the stream does not tell: role memberships, functions, quiet tables.
+    async fn rules(&mut self, client: &Client) -> Result<(), PgError> {
+        let now = walcast_auth::rules_fingerprint(client).await?;
+        let moved = std::mem::replace(&mut *self.core.fingerprint.lock(), now.clone()) != now;
+        if moved {
+            tracing::info!("policies, privileges or roles changed: remembered rules and cached queries retire");
+            self.core.rules.retire_all();
+            self.core.queries.forget_plans();
+            self.core.clock.raise(rules_tag().hash(), Stamp::unseen(self.core.progress.read_to()));
+        }
+        Ok(())
+    }
+}
+
+/// Carried by every entry whose content depends on who asks.
+pub fn rules_tag() -> Tag {
+    Tag::stored("~rules")
+}
+
+/// Flushed at once when somebody waits for the stream to pass what is written already, else with the next flush.
+async fn heartbeat(client: &Client, nonce: &str, flush: bool) -> Result<(), PgError> {
+    let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+    let message = Message::Heartbeat { nonce: nonce.to_owned(), at_ms }.text();
+    let commit = if flush { "local" } else { "off" };
+    let sql = format!(
+        "begin; set local synchronous_commit = {commit}; select pg_logical_emit_message(true, {}, {}); commit",
+        quote_literal(PREFIX),
+        quote_literal(&message)
+    );
+    client.batch_execute(&sql).await.map_err(PgError::when("writing a heartbeat"))
+}
+
+/// Where the stream was, second by second.
+struct Marks {
+    marks: VecDeque<(Instant, Lsn)>,
+    behind: Duration,
+    behind_bytes: u64,
+}
+
+impl Marks {
+    fn new(core: &Core) -> Marks {
+        let limits = &core.config.stream;
+        Marks { marks: VecDeque::new(), behind: limits.acknowledge_after, behind_bytes: core.acknowledge_bytes }
+    }
+
+    /// The newest mark that is old enough, in time or in WAL.
+    fn acknowledgeable(&mut self, core: &Core, covered: Lsn) -> Option<Lsn> {
+        let announced = core.progress.announced().lsn;
+        // With nothing under way, what was read is done with, also where it held nothing for us.
+        let done = if announced >= core.progress.invalidated() { covered } else { announced.min(covered) };
+        self.advance(Instant::now(), done)
+    }
+
+    fn advance(&mut self, now: Instant, done: Lsn) -> Option<Lsn> {
+        if self.marks.back().is_none_or(|(_, lsn)| *lsn < done) {
+            self.marks.push_back((now, done));
+        }
+        let mut acknowledged = None;
+        while let Some((at, lsn)) = self.marks.front() {
+            if now.duration_since(*at) < self.behind && done.bytes_since(*lsn) < self.behind_bytes {
+                break;
+            }
+            acknowledged = Some(*lsn);
+            self.marks.pop_front();
+        }
+        acknowledged
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn p8_the_slot_is_acknowledged_behind_in_time_and_in_bytes() {
+        let mut marks = Marks { marks: VecDeque::new(), behind: Duration::from_secs(60), behind_bytes: 1_000 };
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(marks.advance(start, Lsn(100)), None);
+        assert_eq!(marks.advance(after(30), Lsn(200)), None);
+        assert_eq!(marks.advance(after(61), Lsn(300)), Some(Lsn(100)));
+        assert_eq!(marks.advance(after(62), Lsn(1_250)), Some(Lsn(200)), "1,000 bytes behind, whatever the time");
+        assert_eq!(marks.advance(after(500), Lsn(1_250)), Some(Lsn(1_250)));
+    }
+}

@@ -1,0 +1,60 @@
+//! What happens when a row changes, stage by stage:
+//!
+//! [`intake`]: read, assemble, invalidate at once. [`settle`]: wait until the commit is visible to everybody.
+//! [`announce`]: match, authorise, encode once, fan out. [`acknowledge`]: checkpoint, heartbeat, tell the slot.
+//!
+//! Data walks one way. Invalidating never waits for a later stage's decision; announcing never waits for a socket.
+
+pub mod acknowledge;
+pub mod announce;
+pub mod intake;
+pub mod settle;
+
+use std::sync::Arc;
+
+use tokio::sync::OwnedSemaphorePermit;
+use walcast_hub::Replayable;
+use walcast_model::{Commit, Lsn, Xid};
+
+/// A commit on its way from intake to announcement, with its share of the queue's bytes.
+pub struct InFlight {
+    pub commit: Arc<Commit>,
+    pub xid: Xid,
+    pub room: Option<OwnedSemaphorePermit>,
+}
+
+/// What the settle stage hands on, in LSN order.
+pub enum Announcement {
+    Commits(Vec<InFlight>),
+    /// Everybody must read again: what was lost or cannot be told, and from which place things go on.
+    Resync { reason: &'static str, at: Lsn },
+    /// A new slot, a promotion: positions do not compare any more.
+    NewEpoch { from: Lsn, reason: &'static str },
+}
+
+/// What the intake hands to the settle stage.
+pub enum Intake {
+    Commit(InFlight),
+    NewEpoch { from: Lsn, reason: &'static str },
+}
+
+/// A commit as the replay ring keeps it.
+#[derive(Clone)]
+pub struct Remembered {
+    pub commit: Arc<Commit>,
+    pub xid: Xid,
+}
+
+impl Replayable for Remembered {
+    fn lsn(&self) -> Lsn {
+        self.commit.lsn
+    }
+
+    fn end_index(&self) -> u32 {
+        self.commit.end_index()
+    }
+
+    fn size_bytes(&self) -> usize {
+        self.commit.size_bytes
+    }
+}

@@ -1,0 +1,165 @@
+//! Holds commits until a snapshot of the primary sees them, then hands them on in LSN order.
+//!
+//! A commit can be streamed before it is visible. Whoever is told of it must find it, so announcing waits here;
+//! invalidating has happened already. Bounded in bytes and time: past the bound everybody is told to
+//! read again, the rows are let go, and once the commit settles everybody is told so.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::mpsc;
+use walcast_model::{Lsn, Snapshot, Xid};
+
+use crate::{
+    Core,
+    pipeline::{Announcement, InFlight, Intake},
+    progress::Unsettled,
+};
+
+const PAUSE_FIRST: Duration = Duration::from_micros(500);
+const PAUSE_MOST: Duration = Duration::from_millis(20);
+/// Commits that one announcement carries at most.
+const BATCH: usize = 2_000;
+
+struct Queue {
+    core: Arc<Core>,
+    held: VecDeque<InFlight>,
+    bytes: usize,
+    head_since: Instant,
+    /// Set while the bound is exceeded.
+    overrun: Option<Overrun>,
+}
+
+/// The rows were let go; what remains is which transactions are still invisible, a handful.
+struct Overrun {
+    waiting: Vec<Xid>,
+    last: Lsn,
+}
+
+pub async fn run(core: Arc<Core>, mut inbox: mpsc::Receiver<Intake>, announce: mpsc::Sender<Announcement>) {
+    let mut queue = Queue { core, held: VecDeque::new(), bytes: 0, head_since: Instant::now(), overrun: None };
+    let mut pause = PAUSE_FIRST;
+    loop {
+        if queue.is_empty() {
+            match inbox.recv().await {
+                Some(message) => queue.take(message, &announce).await,
+                None => return,
+            }
+        }
+        while queue.held.len() < BATCH {
+            match inbox.try_recv() {
+                Ok(message) => queue.take(message, &announce).await,
+                Err(_) => break,
+            }
+        }
+        if queue.is_empty() {
+            continue;
+        }
+        let moved = match queue.core.sampler.fresh().await {
+            Ok(sample) => {
+                queue.core.progress.note_xmax(sample.snapshot.xmax);
+                queue.settle(&sample.snapshot, &announce).await
+            }
+            Err(error) => {
+                tracing::debug!(%error, "no snapshot; commits wait");
+                false
+            }
+        };
+        queue.bound(&announce).await;
+        if moved || queue.is_empty() {
+            pause = PAUSE_FIRST;
+            continue;
+        }
+        tokio::select! {
+            message = inbox.recv() => match message {
+                Some(message) => queue.take(message, &announce).await,
+                None => return,
+            },
+            () = tokio::time::sleep(pause) => {}
+        }
+        pause = (pause * 2).min(PAUSE_MOST);
+    }
+}
+
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.overrun.is_none()
+    }
+
+    async fn take(&mut self, message: Intake, announce: &mpsc::Sender<Announcement>) {
+        match message {
+            Intake::Commit(commit) => match &mut self.overrun {
+                // Its rows are let go at once; only its place in the order is kept.
+                Some(overrun) => {
+                    overrun.waiting.push(commit.xid);
+                    overrun.last = commit.commit.lsn;
+                }
+                None => {
+                    if self.held.is_empty() {
+                        self.head_since = Instant::now();
+                    }
+                    self.bytes += commit.commit.size_bytes;
+                    self.held.push_back(commit);
+                }
+            },
+            Intake::NewEpoch { from, reason } => {
+                self.held.clear();
+                self.bytes = 0;
+                self.overrun = None;
+                self.core.progress.note_unsettled(None);
+                let _ = announce.send(Announcement::NewEpoch { from, reason }).await;
+            }
+        }
+    }
+
+    /// Hands on what the snapshot sees, up to the first commit that it does not.
+    async fn settle(&mut self, snapshot: &Snapshot, announce: &mpsc::Sender<Announcement>) -> bool {
+        if let Some(overrun) = &mut self.overrun {
+            overrun.waiting.retain(|xid| !snapshot.sees(*xid));
+            if !overrun.waiting.is_empty() {
+                return false;
+            }
+            let at = overrun.last;
+            self.overrun = None;
+            self.core.progress.note_settled(at);
+            self.core.progress.note_unsettled(None);
+            tracing::info!(lsn = %at, "the overdue commits have settled");
+            let _ = announce.send(Announcement::Resync { reason: "settled", at }).await;
+            return true;
+        }
+        let visible = self.held.iter().take_while(|commit| snapshot.sees(commit.xid)).count();
+        if visible == 0 {
+            return false;
+        }
+        let settled: Vec<InFlight> = self.held.drain(..visible).collect();
+        self.bytes -= settled.iter().map(|commit| commit.commit.size_bytes).sum::<usize>();
+        self.head_since = Instant::now();
+        if let Some(last) = settled.last() {
+            self.core.progress.note_settled(last.commit.lsn);
+        }
+        let _ = announce.send(Announcement::Commits(settled)).await;
+        true
+    }
+
+    async fn bound(&mut self, announce: &mpsc::Sender<Announcement>) {
+        let limits = &self.core.config.stream;
+        let Some(head) = self.held.front() else { return };
+        if self.bytes <= limits.settle_bytes && self.head_since.elapsed() <= limits.settle_timeout {
+            return;
+        }
+        let (xid, lsn) = (head.xid, head.commit.lsn);
+        tracing::error!(
+            %xid, %lsn, held_bytes = self.bytes,
+            "a commit is streamed but not visible; is a synchronous standby away? Subscribers are told to resync"
+        );
+        self.core.progress.note_unsettled(Some(Unsettled { xid, lsn, since: self.head_since }));
+        self.core.metrics.unsettled.increment(1);
+        let last = self.held.back().map_or(lsn, |commit| commit.commit.lsn);
+        self.overrun = Some(Overrun { waiting: self.held.drain(..).map(|commit| commit.xid).collect(), last });
+        self.bytes = 0;
+        let _ = announce.send(Announcement::Resync { reason: "unsettled", at: self.core.progress.taken().lsn }).await;
+    }
+}

@@ -1,0 +1,180 @@
+//! A subscription enters: check, register, note the position, replay or say resync, answer, release.
+//!
+//! In this order, so that from the answer on every matching, permitted change is heard once.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use walcast_auth::binding_check::{self, BindingRefused};
+use walcast_hub::Outbox;
+use walcast_matcher::{Binding, BindingError};
+use walcast_model::{Claims, Item, Position, Scope, TableName};
+use walcast_protocol::sse;
+
+use crate::{
+    Core, Engine,
+    pipeline::announce::{frames, resync_frame},
+    subscriptions::{Shape, SubscriptionHandle, Wanted},
+    visibility::Candidate,
+};
+
+/// A binding as the client wrote it.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    pub event: String,
+    pub schema: Option<String>,
+    pub table: Option<String>,
+    pub filter: Option<String>,
+    pub client_id: u32,
+}
+
+pub struct SubscribeRequest {
+    pub claims: Claims,
+    pub asked: Vec<Asked>,
+    pub shape: Shape,
+    pub outbox: Outbox,
+    /// Continue after this position.
+    pub after: Option<Position>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Opening {
+    Live,
+    Resumed,
+    Resync(&'static str),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SubscribeError {
+    #[error(transparent)]
+    Binding(#[from] BindingError),
+    #[error(transparent)]
+    Refused(#[from] BindingRefused),
+}
+
+impl SubscribeError {
+    /// The database could not be asked: try again.
+    pub fn is_away(&self) -> bool {
+        matches!(self, SubscribeError::Refused(BindingRefused::Database(error)) if error.is_away())
+    }
+}
+
+/// Registered and held back. `release` answers the client and lets the frames through.
+pub struct Opened {
+    pub handle: SubscriptionHandle,
+    pub opening: Opening,
+    /// Where the client stands with the opening: the id of its first event.
+    pub position: Position,
+    replay: Vec<Bytes>,
+    after: (walcast_model::Lsn, u32),
+}
+
+impl Opened {
+    pub fn release(self, first: Vec<Bytes>) -> SubscriptionHandle {
+        self.handle.subscriber.gate.release(self.after, first.into_iter().chain(self.replay));
+        self.handle
+    }
+
+    /// The first event of an SSE stream.
+    pub fn sse_opening(&self) -> Bytes {
+        match self.opening {
+            Opening::Live => sse::opening("live", &self.position, None),
+            Opening::Resumed => sse::opening("resumed", &self.position, None),
+            Opening::Resync(reason) => sse::opening("resync", &self.position, Some(reason)),
+        }
+    }
+}
+
+impl Engine {
+    pub async fn subscribe(&self, request: SubscribeRequest) -> Result<Opened, SubscribeError> {
+        let core = &*self.core;
+        let mut wanted = Vec::with_capacity(request.asked.len());
+        for asked in &request.asked {
+            wanted.push(check(core, &request.claims, asked).await?);
+        }
+        let handle = core.subscriptions.register(
+            request.claims,
+            request.shape,
+            wanted,
+            request.outbox,
+            core.config.realtime.outbox_bytes,
+        );
+        core.metrics.subscriptions.set(core.subscriptions.count() as f64);
+        // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
+        let noted = core.progress.taken();
+        let Some(cursor) = request.after else {
+            // What was flushed before the stream was attached was committed before this subscription began.
+            let after = noted.place().max((core.progress.catch_up(), 0));
+            let position = Position { lsn: after.0, index: after.1, ..noted };
+            return Ok(Opened { handle, opening: Opening::Live, position, replay: Vec::new(), after });
+        };
+        match replay(core, &handle, cursor, noted).await {
+            Ok(replay) => {
+                let after = noted.place().max(cursor.place());
+                Ok(Opened { handle, opening: Opening::Resumed, position: cursor, replay, after })
+            }
+            Err(reason) => {
+                core.metrics.resyncs.increment(1);
+                Ok(Opened { handle, opening: Opening::Resync(reason), position: noted, replay: Vec::new(), after: noted.place() })
+            }
+        }
+    }
+}
+
+async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, SubscribeError> {
+    let mut binding = Binding::parse(&asked.event, asked.schema.as_deref(), asked.table.as_deref(), asked.filter.as_deref())?;
+    if let (Some(schema), Some(table)) = (&binding.schema, &binding.table) {
+        let table = TableName::new(schema, table);
+        let filters: Vec<_> = binding.filters.iter().map(|f| (f.column.clone(), f.value.clone())).collect();
+        let wanted = binding_check::Wanted { event: &asked.event, table: &table, filters: &filters };
+        let values = binding_check::check(&core.pool, claims, &core.config.publication_realtime, &wanted).await?;
+        binding.filters.iter_mut().zip(values).for_each(|(filter, value)| filter.value = value);
+    }
+    Ok(Wanted { binding, client_id: asked.client_id })
+}
+
+/// The frames between cursor and noted position, or why they cannot be given.
+async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Vec<Bytes>, &'static str> {
+    if cursor.epoch != noted.epoch {
+        return Err("the position is from another epoch");
+    }
+    let reachable = core.progress.catch_up().max(core.progress.read_to()).max(noted.lsn);
+    if cursor.lsn > reachable {
+        return Err("the position is ahead of the stream");
+    }
+    let commits = core.ring.lock().after(cursor.place()).map_err(|_| "the position is older than what is kept")?;
+    let index = handle.subscriber.own_index();
+    let mut candidates = Vec::new();
+    let mut found = Vec::new();
+    for commit in commits.iter().filter(|commit| commit.commit.lsn <= noted.lsn) {
+        let items = match &commit.commit.scope {
+            Scope::Whole(items) => items,
+            Scope::TooLarge { tables, .. } => {
+                tables.iter().for_each(|table| index.of_table(table, &mut found));
+                if !found.is_empty() && commit.commit.lsn >= cursor.lsn {
+                    return Err("transaction too large");
+                }
+                continue;
+            }
+        };
+        for (at, item) in items {
+            let Item::Change(change) = item else { continue };
+            if (commit.commit.lsn, *at) <= cursor.place() {
+                continue;
+            }
+            found.clear();
+            index.subscriptions(change, &mut found);
+            if !found.is_empty() {
+                let subscriber: Arc<_> = handle.subscriber.clone();
+                let client_ids = subscriber.client_ids(&found);
+                candidates.push(Candidate { commit, index: *at, change, subscriber, client_ids });
+            }
+        }
+    }
+    Ok(frames(core, candidates).await.into_iter().map(|(_, _, frame)| frame).collect())
+}
+
+/// For connections that end a subscription themselves.
+pub fn resync_event(shape: &Shape, position: &Position, reason: &str) -> Bytes {
+    resync_frame(shape, position, reason)
+}

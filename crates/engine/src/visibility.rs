@@ -1,0 +1,275 @@
+//! Who may see which change: rules per (table, role), one question per (table, same claims), one answer for all of a group.
+//!
+//! Called by the announcer with a batch and by a join with its replay. Whatever is in doubt is withheld and said.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{FutureExt, future::join_all};
+use parking_lot::Mutex;
+use walcast_auth::{RowRule, Rules, row_visibility};
+use walcast_model::{Cell, Change, Claims, Operation, Row, TableId, Tag, TagHash};
+
+use crate::{
+    Core,
+    pipeline::{Remembered, intake::any_change},
+    subscriptions::Subscriber,
+};
+
+/// A change and one subscriber whose bindings match it.
+pub struct Candidate<'a> {
+    pub commit: &'a Remembered,
+    pub index: u32,
+    pub change: &'a Change,
+    pub subscriber: Arc<Subscriber>,
+    pub client_ids: Vec<u32>,
+}
+
+#[derive(Debug, Clone)]
+pub enum Verdict {
+    Show { columns: Arc<[bool]>, old: OldView },
+    Hide,
+    /// It cannot be told whether they may see it: they must read again.
+    Unsure(&'static str),
+}
+
+/// What of the old image may be shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum OldView {
+    Whole,
+    Key,
+    Nothing,
+}
+
+/// Rules by table and role; retired as the tables are redefined.
+#[derive(Default)]
+pub struct RuleBook {
+    rules: Mutex<HashMap<(TableId, String), Option<Arc<Rules>>>>,
+    generation: AtomicU64,
+}
+
+impl RuleBook {
+    pub fn retire(&self, table: TableId) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.rules.lock().retain(|(id, _), _| *id != table);
+    }
+
+    pub fn retire_all(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.rules.lock().clear();
+    }
+
+    async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, walcast_pg::PgError> {
+        let key = (table, claims.role().to_owned());
+        if let Some(rules) = self.rules.lock().get(&key) {
+            return Ok(rules.clone());
+        }
+        let generation = self.generation.load(Ordering::Acquire);
+        let rules = Rules::load(&core.pool, table, claims, &core.config.publication_realtime).await?.map(Arc::new);
+        let mut book = self.rules.lock();
+        // Retired while we read: what we read serves this batch, which the newer rules judge, but is not kept.
+        if self.generation.load(Ordering::Acquire) == generation {
+            book.insert(key, rules.clone());
+        }
+        Ok(rules)
+    }
+}
+
+struct Group<'a> {
+    claims: Claims,
+    changes: Vec<(&'a Remembered, u32, &'a Change)>,
+    candidates: Vec<usize>,
+}
+
+/// Questions that run at once; the pool bounds them anyway.
+const AT_ONCE: usize = 4;
+/// Images in one statement.
+const IMAGES: usize = 1_000;
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// One verdict for each candidate, in order.
+pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
+    let mut groups: HashMap<(TableId, u128), Group<'_>> = HashMap::new();
+    for (at, candidate) in candidates.iter().enumerate() {
+        let claims = candidate.subscriber.claims();
+        let key = (candidate.change.table.id, claims.fingerprint());
+        let group = groups.entry(key).or_insert_with(|| Group { claims, changes: Vec::new(), candidates: Vec::new() });
+        let place = (candidate.commit.commit.lsn, candidate.index);
+        if group.changes.last().is_none_or(|(commit, index, _)| (commit.commit.lsn, *index) != place) {
+            group.changes.push((candidate.commit, candidate.index, candidate.change));
+        }
+        group.candidates.push(at);
+    }
+    // Rules once per role, before the groups ask for them side by side.
+    let mut first_of_role: HashMap<(TableId, &str), &Claims> = HashMap::new();
+    for ((table, _), group) in &groups {
+        first_of_role.entry((*table, group.claims.role())).or_insert(&group.claims);
+    }
+    for ((table, _), claims) in first_of_role {
+        let _ = core.rules.get(core, table, claims).await;
+    }
+    let mut verdicts = vec![Verdict::Hide; candidates.len()];
+    let groups: Vec<Group<'_>> = groups.into_values().collect();
+    for side_by_side in groups.chunks(AT_ONCE) {
+        let mut judging = Vec::with_capacity(side_by_side.len());
+        for group in side_by_side {
+            judging.push(judge(core, group).boxed());
+        }
+        for (group, answer) in side_by_side.iter().zip(join_all(judging).await) {
+            let by_place: HashMap<_, _> =
+                group.changes.iter().map(|(commit, index, _)| (commit.commit.lsn, *index)).zip(answer).collect();
+            for at in &group.candidates {
+                let candidate = &candidates[*at];
+                let verdict = by_place.get(&(candidate.commit.commit.lsn, candidate.index)).cloned().unwrap_or(Verdict::Hide);
+                verdicts[*at] = filters_readable(candidate, verdict);
+            }
+        }
+    }
+    verdicts
+}
+
+/// A filter on a column that the role may not read would tell its value by what arrives.
+fn filters_readable(candidate: &Candidate<'_>, verdict: Verdict) -> Verdict {
+    if let Verdict::Show { columns, .. } = &verdict {
+        let readable = |name: &str| {
+            candidate.change.table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false))
+        };
+        if !candidate.subscriber.filter_columns(&candidate.client_ids).all(readable) {
+            return Verdict::Hide;
+        }
+    }
+    verdict
+}
+
+/// One verdict for each of the group's changes.
+async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
+    let all = |verdict: Verdict| vec![verdict; group.changes.len()];
+    let Some((_, _, first)) = group.changes.first() else { return Vec::new() };
+    let rules = match core.rules.get(core, first.table.id, &group.claims).await {
+        Ok(Some(rules)) => rules,
+        Ok(None) => return all(Verdict::Hide),
+        Err(error) => {
+            core.metrics.withheld_errors.increment(group.changes.len() as u64);
+            tracing::warn!(table = %first.table.name, role = group.claims.role(), %error, "rules cannot be read: withheld");
+            return all(Verdict::Unsure("authorisation failed"));
+        }
+    };
+    let Some([inserts, updates, deletes]) = rules.published else { return all(Verdict::Hide) };
+    let mut verdicts: Vec<Verdict> = Vec::with_capacity(group.changes.len());
+    // By the table's address: one table may be described twice in a batch, with other columns.
+    let mut columns_of: HashMap<usize, Arc<[bool]>> = HashMap::new();
+    for (commit, _, change) in &group.changes {
+        let published = match change.operation {
+            Operation::Insert => inserts,
+            Operation::Update => updates,
+            Operation::Delete => deletes,
+            Operation::Truncate => false,
+        };
+        let columns = columns_of.entry(Arc::as_ptr(&change.table) as usize).or_insert_with(|| rules.visible(&change.table).into()).clone();
+        verdicts.push(if !published || !columns.contains(&true) {
+            Verdict::Hide
+        } else if commit.xid < rules.changed_by {
+            // The rules are younger than the change: what they were at its commit is not known.
+            Verdict::Unsure("authorisation moved")
+        } else {
+            Verdict::Show { columns, old: OldView::Whole }
+        });
+    }
+    match &rules.rows {
+        RowRule::All => verdicts,
+        RowRule::Nobody => all(Verdict::Hide),
+        RowRule::Ask(question) => {
+            if let Err(reason) = ask(core, group, &rules, question, &mut verdicts).await {
+                core.metrics.withheld_errors.increment(group.changes.len() as u64);
+                return all(Verdict::Unsure(reason));
+            }
+            verdicts
+        }
+    }
+}
+
+async fn ask(
+    core: &Core,
+    group: &Group<'_>,
+    rules: &Rules,
+    question: &walcast_auth::Question,
+    verdicts: &mut [Verdict],
+) -> Result<(), &'static str> {
+    let mut images: Vec<(usize, bool, &walcast_model::Table, &Row)> = Vec::new();
+    for (at, (_, _, change)) in group.changes.iter().enumerate() {
+        if !matches!(verdicts[at], Verdict::Show { .. }) {
+            continue;
+        }
+        images.extend(change.new.iter().map(|row| (at, true, &*change.table, row)));
+        images.extend(change.old.iter().map(|row| (at, false, &*change.table, row)));
+    }
+    let mut new_allowed = vec![false; group.changes.len()];
+    let mut old_allowed = vec![false; group.changes.len()];
+    let decides: Vec<TagHash> = question.reads.iter().map(|table| Tag::table(table).hash()).collect();
+    for batch in images.chunks(IMAGES) {
+        let rows: Vec<_> = batch.iter().map(|(_, _, table, row)| (*table, *row)).collect();
+        let nonce = core.next_nonce();
+        let asked = row_visibility::ask(&core.pool, rules, question, &group.claims, &rows, nonce, ASK_TIMEOUT).await;
+        let answer = asked.map_err(|error| {
+            tracing::warn!(table = %rules.name, role = group.claims.role(), %error, "row visibility cannot be asked: withheld");
+            "authorisation failed"
+        })?;
+        core.metrics.asked.increment(rows.len() as u64);
+        if (!decides.is_empty() || question.reads_anything) && !heard_of(core, answer.wal_insert).await {
+            return Err("authorisation unsure");
+        }
+        for ((at, is_new, ..), allowed) in batch.iter().zip(&answer.allowed) {
+            let lsn = group.changes[*at].0.commit.lsn;
+            // An allow from a later snapshot serves this commit only if nothing that decides it was touched in between.
+            let moved = decides.iter().any(|tag| core.clock.seen_after(*tag, lsn, &answer.snapshot))
+                || (question.reads_anything && core.clock.seen_after(any_change(), lsn, &answer.snapshot));
+            if moved {
+                verdicts[*at] = Verdict::Unsure("authorisation moved");
+            }
+            if *is_new {
+                new_allowed[*at] = *allowed;
+            } else {
+                old_allowed[*at] = *allowed;
+            }
+        }
+    }
+    for (at, (_, _, change)) in group.changes.iter().enumerate() {
+        let Verdict::Show { old, .. } = &mut verdicts[at] else { continue };
+        *old = if old_allowed[at] {
+            OldView::Whole
+        } else if same_key(change) {
+            OldView::Key
+        } else {
+            OldView::Nothing
+        };
+        let visible = if change.operation == Operation::Delete { old_allowed[at] } else { new_allowed[at] };
+        if !visible {
+            verdicts[at] = Verdict::Hide;
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the stream has brought everything that the answer's snapshot can have seen.
+async fn heard_of(core: &Core, wal_insert: walcast_model::Lsn) -> bool {
+    const AT_ONCE: Duration = Duration::from_millis(3);
+    if core.progress.wait_read(wal_insert, AT_ONCE).await {
+        return true;
+    }
+    // WAL of asynchronous commits is flushed, and so streamed, only a while later: ask for it.
+    core.nudge.notify_one();
+    core.progress.wait_read(wal_insert, ASK_TIMEOUT).await
+}
+
+/// The old key is in the new row, which they may see.
+fn same_key(change: &Change) -> bool {
+    let (Some(new), Some(old)) = (&change.new, &change.old) else { return false };
+    let mut keys = change.table.columns.iter().enumerate().filter(|(_, column)| column.key);
+    keys.all(|(index, _)| matches!(old.cell(index), Cell::Value(_)) && old.cell(index) == new.cell(index))
+}

@@ -1,0 +1,197 @@
+//! The unit of invalidation. One constructor owns form, escaping and hash.
+//!
+//! | form | raised by | carried by |
+//! |---|---|---|
+//! | `patients` | every change to `public.patients` | an entry that depends on the table |
+//! | `patients:id=7` | a change whose new or old row has `id = 7` | an entry narrowed to those rows |
+//! | `patients:id=*` | a change whose old value of `id` is not known, TRUNCATE | the same narrowed entry |
+//! | `schema.table…` | as above, outside schema `public` | |
+//! | `~ns:NAME`, `~key:NAME:KEY`, `~all` | invalidation by hand | every entry of it |
+//! | anything else | invalidation by hand | the entries that named it |
+
+use std::{fmt, sync::Arc};
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{CacheKey, TableName};
+
+/// A tag's place in the clock. Stored hashes depend on [`TagHash::VERSION`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TagHash(pub u64);
+
+impl TagHash {
+    /// Part of every checkpoint: raise it when form, escaping or hash function change.
+    pub const VERSION: i32 = 1;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tag(Arc<str>);
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TagError {
+    #[error("a tag is empty")]
+    Empty,
+    #[error("tag `{0}…` is longer than {max} bytes", max = Tag::MAX_BYTES)]
+    TooLong(String),
+    #[error("tag `{0}` holds a control character, a comma or a space at its end; percent-encode it")]
+    Character(String),
+    #[error("tag `{0}` begins with `~`, which is kept for Walcast's own tags")]
+    Reserved(String),
+}
+
+impl Tag {
+    pub const MAX_BYTES: usize = 256;
+    /// Longer values are not narrowed by: their rows are covered by the table tag.
+    pub const MAX_VALUE_BYTES: usize = 64;
+
+    pub fn table(table: &TableName) -> Tag {
+        let mut text = String::with_capacity(32);
+        push_table(&mut text, table);
+        Tag(text.into())
+    }
+
+    /// `table:column=value`; none if the value is too long to narrow by.
+    pub fn row(table: &TableName, column: &str, value: &str) -> Option<Tag> {
+        if value.len() > Tag::MAX_VALUE_BYTES {
+            return None;
+        }
+        let mut text = String::with_capacity(48);
+        push_table(&mut text, table);
+        text.push(':');
+        push_escaped(&mut text, column);
+        text.push('=');
+        push_escaped(&mut text, value);
+        Some(Tag(text.into()))
+    }
+
+    /// `table:column=*`: rows of the table whose value of the column is not known.
+    pub fn any_row(table: &TableName, column: &str) -> Tag {
+        let mut text = String::with_capacity(48);
+        push_table(&mut text, table);
+        text.push(':');
+        push_escaped(&mut text, column);
+        text.push_str("=*");
+        Tag(text.into())
+    }
+
+    pub fn namespace(namespace: &str) -> Tag {
+        Tag(format!("~ns:{namespace}").into())
+    }
+
+    pub fn key(key: &CacheKey) -> Tag {
+        Tag(format!("~key:{}:{}", key.namespace(), key.key()).into())
+    }
+
+    pub fn everything() -> Tag {
+        Tag("~all".into())
+    }
+
+    /// A tag as an application writes it.
+    pub fn parse(text: &str) -> Result<Tag, TagError> {
+        let shown = || text.chars().take(40).collect::<String>();
+        match text {
+            "" => Err(TagError::Empty),
+            _ if text.len() > Tag::MAX_BYTES => Err(TagError::TooLong(shown())),
+            _ if text.starts_with('~') => Err(TagError::Reserved(shown())),
+            _ if text.chars().any(|c| c.is_control() || c == ',') || text.trim() != text => Err(TagError::Character(shown())),
+            _ => Ok(Tag(text.into())),
+        }
+    }
+
+    /// A tag as Walcast itself stored it, from the L2 table or a checkpoint.
+    pub fn stored(text: &str) -> Tag {
+        Tag(text.into())
+    }
+
+    /// The parts of `table:column=value`, still escaped; none for any other form.
+    pub fn row_parts(&self) -> Option<(&str, &str, &str)> {
+        if self.0.starts_with('~') {
+            return None;
+        }
+        let (table, rest) = self.0.split_once(':')?;
+        let (column, value) = rest.split_once('=')?;
+        Some((table, column, value))
+    }
+
+    /// What an entry with this tag must carry too: a row tag also falls with the unknown rows of its column.
+    pub fn companion(&self) -> Option<Tag> {
+        let (table, column, value) = self.row_parts()?;
+        (value != "*").then(|| Tag(format!("{table}:{column}=*").into()))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub fn hash(&self) -> TagHash {
+        TagHash(xxh3_64(self.0.as_bytes()))
+    }
+}
+
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+fn push_table(text: &mut String, table: &TableName) {
+    if table.schema() != "public" {
+        push_escaped(text, table.schema());
+        text.push('.');
+    }
+    push_escaped(text, table.table());
+}
+
+/// Percent-encodes what would be read as syntax: a value with a comma or a colon is still one value.
+fn push_escaped(text: &mut String, part: &str) {
+    for c in part.chars() {
+        match c {
+            '%' | ',' | ':' | '=' | '*' | '~' | '.' | ' ' => push_percent(text, c),
+            c if c.is_control() => push_percent(text, c),
+            c => text.push(c),
+        }
+    }
+}
+
+fn push_percent(text: &mut String, c: char) {
+    use fmt::Write;
+    let mut bytes = [0; 4];
+    for byte in c.encode_utf8(&mut bytes).bytes() {
+        let _ = write!(text, "%{byte:02X}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forms() {
+        let patients = TableName::new("public", "patients");
+        let audit = TableName::new("audit", "log");
+        assert_eq!(Tag::table(&patients).as_str(), "patients");
+        assert_eq!(Tag::row(&patients, "id", "7").unwrap().as_str(), "patients:id=7");
+        assert_eq!(Tag::any_row(&patients, "id").as_str(), "patients:id=*");
+        assert_eq!(Tag::row(&audit, "who", "a,b: c").unwrap().as_str(), "audit.log:who=a%2Cb%3A%20c");
+        assert_eq!(Tag::row(&patients, "id", "7").unwrap().companion().unwrap(), Tag::any_row(&patients, "id"));
+        assert_eq!(Tag::table(&patients).companion(), None);
+        assert_eq!(Tag::row(&patients, "name", &"x".repeat(65)), None);
+    }
+
+    #[test]
+    fn a_value_cannot_pass_for_another_tag() {
+        let t = TableName::new("public", "t");
+        assert_ne!(Tag::row(&t, "a", "*").unwrap(), Tag::any_row(&t, "a"));
+        assert_ne!(Tag::table(&TableName::new("a", "b")), Tag::table(&TableName::new("public", "a.b")));
+    }
+
+    #[test]
+    fn an_application_writes_the_same_tag_as_the_stream() {
+        let patients = TableName::new("public", "patients");
+        assert_eq!(Tag::parse("patients:id=7").unwrap(), Tag::row(&patients, "id", "7").unwrap());
+        for bad in ["", "a,b", " a", "~all", "a\n"] {
+            assert!(Tag::parse(bad).is_err(), "{bad:?}");
+        }
+        assert!(Tag::parse(&"x".repeat(257)).is_err());
+    }
+}

@@ -1,0 +1,268 @@
+//! When each tag was last touched: the judge of every cached entry.
+//!
+//! A fixed array, indexed by hash. Raising a tag is one short lock and one store; judging an entry
+//! compares a few numbers and takes no lock where nothing happened. Collisions and overflow only
+//! invalidate too much. Nothing is scanned when a tag is raised, and nothing leaks.
+//!
+//! The rule: a value read at fence (S, W) holds while every commit on its tags is at or below W or visible in S.
+
+use std::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::{Fence, Floor, Lsn, Snapshot, TagHash, Xid};
+
+/// A commit that touched a tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    pub lsn: Lsn,
+    pub xid: Xid,
+}
+
+impl Stamp {
+    /// Touches whoever read before `lsn` was settled, whatever their snapshot saw.
+    pub fn unseen(lsn: Lsn) -> Stamp {
+        Stamp { lsn, xid: Xid::NEVER }
+    }
+}
+
+/// One slot as a checkpoint stores it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotImage {
+    pub index: u32,
+    pub dropped: Lsn,
+    pub stamps: Vec<Stamp>,
+}
+
+const REMEMBERED: usize = 4;
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// Largest LSN ever raised here: at or below W means nothing to compare.
+    newest: AtomicU64,
+    recent: Mutex<Recent>,
+}
+
+#[derive(Debug, Default)]
+struct Recent {
+    stamps: [Option<Stamp>; REMEMBERED],
+    /// Largest LSN that no longer has a stamp of its own.
+    dropped: Lsn,
+}
+
+impl Recent {
+    fn raise(&mut self, stamp: Stamp) {
+        if self.stamps.contains(&Some(stamp)) {
+            return;
+        }
+        if let Some(free) = self.stamps.iter_mut().find(|slot| slot.is_none()) {
+            *free = Some(stamp);
+            return;
+        }
+        // Full: the oldest loses its own stamp. From now on only W can clear it.
+        let mut oldest = stamp;
+        for slot in self.stamps.iter_mut().flatten() {
+            if slot.lsn < oldest.lsn {
+                std::mem::swap(slot, &mut oldest);
+            }
+        }
+        self.dropped = self.dropped.max(oldest.lsn);
+    }
+}
+
+#[derive(Debug)]
+pub struct TagClock {
+    slots: Box<[Slot]>,
+    floor: AtomicU64,
+}
+
+impl TagClock {
+    /// About 112 bytes a slot: 14 MiB.
+    pub const DEFAULT_SLOTS: usize = 1 << 17;
+
+    pub fn new(slots: usize, floor: Floor) -> TagClock {
+        TagClock { slots: (0..slots.max(1)).map(|_| Slot::default()).collect(), floor: AtomicU64::new(floor.0) }
+    }
+
+    pub fn slot_count(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub fn floor(&self) -> Floor {
+        Floor(self.floor.load(Ordering::Acquire))
+    }
+
+    /// Every entry with an older floor is unreachable from here on.
+    pub fn move_floor(&self, floor: Floor) {
+        self.floor.fetch_max(floor.0, Ordering::AcqRel);
+    }
+
+    pub fn raise(&self, tag: TagHash, stamp: Stamp) {
+        let slot = self.slot(tag);
+        let mut recent = lock(&slot.recent);
+        recent.raise(stamp);
+        slot.newest.fetch_max(stamp.lsn.0, Ordering::AcqRel);
+    }
+
+    /// May a value with these tags, read at `fence`, be stored and answered as fresh?
+    pub fn admits(&self, fence: &Fence, tags: &[TagHash]) -> bool {
+        self.admits_until(fence, tags, Lsn::MAX)
+    }
+
+    /// The same, but only for commits up to `until`: may a reader who had heard of those share the value?
+    pub fn admits_until(&self, fence: &Fence, tags: &[TagHash], until: Lsn) -> bool {
+        fence.floor == self.floor() && tags.iter().all(|tag| self.slot_admits(self.slot(*tag), fence, until))
+    }
+
+    fn slot_admits(&self, slot: &Slot, fence: &Fence, until: Lsn) -> bool {
+        if slot.newest.load(Ordering::Acquire) <= fence.settled.0 {
+            return true;
+        }
+        let recent = lock(&slot.recent);
+        let known = |stamp: &Stamp| stamp.lsn <= fence.settled || stamp.lsn > until || fence.snapshot.sees(stamp.xid);
+        recent.dropped <= fence.settled && recent.stamps.iter().flatten().all(known)
+    }
+
+    /// Was the tag touched after `after` by a commit that `snapshot` sees? In doubt, yes.
+    pub fn seen_after(&self, tag: TagHash, after: Lsn, snapshot: &Snapshot) -> bool {
+        let slot = self.slot(tag);
+        if slot.newest.load(Ordering::Acquire) <= after.0 {
+            return false;
+        }
+        let recent = lock(&slot.recent);
+        let touched = |stamp: &Stamp| stamp.lsn > after && (stamp.xid == Xid::NEVER || snapshot.sees(stamp.xid));
+        recent.dropped > after || recent.stamps.iter().flatten().any(touched)
+    }
+
+    /// Where the commit of transaction `xid` raised the tag, while its stamp is still remembered.
+    pub fn raised_by(&self, tag: TagHash, xid: Xid) -> Option<Lsn> {
+        lock(&self.slot(tag).recent).stamps.iter().flatten().find(|stamp| stamp.xid == xid).map(|stamp| stamp.lsn)
+    }
+
+    /// The slots raised above `after`, for a checkpoint.
+    pub fn changed_since(&self, after: Lsn) -> Vec<SlotImage> {
+        let raised = |(index, slot): (usize, &Slot)| {
+            if slot.newest.load(Ordering::Acquire) <= after.0 {
+                return None;
+            }
+            let recent = lock(&slot.recent);
+            Some(SlotImage {
+                index: index as u32,
+                dropped: recent.dropped,
+                stamps: recent.stamps.iter().flatten().copied().collect(),
+            })
+        };
+        self.slots.iter().enumerate().filter_map(raised).collect()
+    }
+
+    /// Puts a checkpoint's slot back. Returns false if the clock has no such slot.
+    pub fn load(&self, image: &SlotImage) -> bool {
+        let Some(slot) = self.slots.get(image.index as usize) else {
+            return false;
+        };
+        let mut recent = lock(&slot.recent);
+        let mut newest = image.dropped;
+        recent.dropped = recent.dropped.max(image.dropped);
+        for stamp in &image.stamps {
+            recent.raise(*stamp);
+            newest = newest.max(stamp.lsn);
+        }
+        slot.newest.fetch_max(newest.0, Ordering::AcqRel);
+        true
+    }
+
+    fn slot(&self, tag: TagHash) -> &Slot {
+        // The high bits choose, so that a clock of another size is not a shifted copy of this one.
+        let index = ((u128::from(tag.0) * self.slots.len() as u128) >> 64) as usize;
+        &self.slots[index]
+    }
+}
+
+/// A poisoned lock still holds a valid slot: every store in it is whole.
+fn lock(recent: &Mutex<Recent>) -> MutexGuard<'_, Recent> {
+    recent.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{TableName, Tag};
+
+    fn hash(id: u32) -> TagHash {
+        Tag::row(&TableName::new("public", "t"), "id", &id.to_string()).unwrap().hash()
+    }
+
+    fn fence(snapshot: &str, settled: u64) -> Fence {
+        Fence { snapshot: snapshot.parse().unwrap(), settled: Lsn(settled), floor: Floor(1) }
+    }
+
+    fn stamp(lsn: u64, xid: u64) -> Stamp {
+        Stamp { lsn: Lsn(lsn), xid: Xid(xid) }
+    }
+
+    #[test]
+    fn p5_a_commit_that_the_snapshot_saw_does_not_evict_and_one_it_did_not_see_does() {
+        let clock = TagClock::new(1024, Floor(1));
+        clock.raise(hash(1), stamp(100, 15));
+        assert!(clock.admits(&fence("10:20:", 50), &[hash(1)]));
+        assert!(!clock.admits(&fence("10:20:15", 50), &[hash(1)]));
+        assert!(!clock.admits(&fence("10:15:", 50), &[hash(1)]));
+        assert!(clock.admits(&fence("10:15:", 100), &[hash(1)]), "at or below W");
+        assert!(clock.admits(&fence("10:15:", 50), &[hash(2)]), "another tag");
+    }
+
+    #[test]
+    fn overflow_invalidates_too_much_never_too_little() {
+        let clock = TagClock::new(1024, Floor(1));
+        for n in 0..20 {
+            clock.raise(hash(1), stamp(100 + n, 50 + n));
+        }
+        assert!(!clock.admits(&fence("10:1000:", 50), &[hash(1)]), "sees all, but old stamps are gone");
+        assert!(clock.admits(&fence("10:1000:", 116), &[hash(1)]), "W covers what was dropped");
+        assert!(!clock.admits(&fence("10:1000:69", 116), &[hash(1)]), "the newest is still compared");
+    }
+
+    #[test]
+    fn a_moved_floor_ends_every_older_entry() {
+        let clock = TagClock::new(16, Floor(1));
+        assert!(clock.admits(&fence("10:20:", 50), &[]));
+        clock.move_floor(Floor(2));
+        assert!(!clock.admits(&fence("10:20:", 50), &[]));
+    }
+
+    #[test]
+    fn a_reader_shares_what_covers_all_it_had_heard_of() {
+        let clock = TagClock::new(1024, Floor(1));
+        clock.raise(hash(1), stamp(100, 30));
+        let before = fence("10:20:", 50);
+        assert!(!clock.admits_until(&before, &[hash(1)], Lsn(100)));
+        assert!(clock.admits_until(&before, &[hash(1)], Lsn(99)));
+    }
+
+    #[test]
+    fn a_checkpoint_brings_the_clock_back() {
+        let clock = TagClock::new(1024, Floor(1));
+        for n in 0..6 {
+            clock.raise(hash(1), stamp(100 + n, 50 + n));
+        }
+        clock.raise(hash(2), stamp(300, 99));
+        let restored = TagClock::new(1024, Floor(1));
+        let images = clock.changed_since(Lsn(0));
+        assert_eq!(images.len(), 2);
+        assert!(images.iter().all(|image| restored.load(image)));
+        assert_eq!(restored.changed_since(Lsn(0)), images);
+        assert_eq!(clock.changed_since(Lsn(200)).len(), 1);
+        assert!(!restored.load(&SlotImage { index: 5000, dropped: Lsn(0), stamps: vec![] }));
+    }
+
+    #[test]
+    fn a_stamp_of_nobody_is_seen_by_nobody() {
+        let clock = TagClock::new(1024, Floor(1));
+        clock.raise(hash(1), Stamp::unseen(Lsn(100)));
+        assert!(!clock.admits(&fence("10:99999999:", 99), &[hash(1)]));
+        assert!(clock.admits(&fence("10:20:", 100), &[hash(1)]));
+        assert!(clock.seen_after(hash(1), Lsn(99), &"1:1:".parse().unwrap()));
+        assert!(!clock.seen_after(hash(1), Lsn(100), &"1:1:".parse().unwrap()));
+    }
+}

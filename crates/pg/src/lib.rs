@@ -1,0 +1,21 @@
+//! Connections to PostgreSQL and what every room needs to know about it.
+//!
+//! [`ConnectConfig`] and [`Pool`]: who connects, how often, over which TLS. [`Envelope`]: a transaction as somebody
+//! else's role. [`Sampler`]: which commits are visible right now. [`Catalog`]: types, columns and keys.
+//! Knows nothing of what the rooms ask for.
+
+mod catalog;
+mod connect;
+mod envelope;
+mod error;
+mod pool;
+mod quote;
+mod sampler;
+
+pub use catalog::{Catalog, ColumnFacts, TableFacts};
+pub use connect::{ConnectConfig, ConnectError, TlsMode};
+pub use envelope::{Envelope, EnvelopeScope};
+pub use error::PgError;
+pub use pool::{Lease, Pool};
+pub use quote::{quote_ident, quote_literal};
+pub use sampler::{Sample, Sampler};

@@ -1,0 +1,79 @@
+//! A bounded set of connections. Whoever finds none free waits, and after a while is told so.
+//!
+//! Only `query_typed` and simple queries are used on them, which need no session state of their own
+//! and so pass through a transaction-mode pooler.
+
+use std::{
+    ops::{Deref, DerefMut},
+    time::Duration,
+};
+
+use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
+
+use crate::{ConnectConfig, ConnectError, PgError};
+
+#[derive(Clone)]
+pub struct Pool {
+    inner: deadpool_postgres::Pool,
+    wait: Duration,
+}
+
+/// A connection on loan; goes back when dropped.
+pub struct Lease(Object);
+
+impl Pool {
+    pub fn new(config: &ConnectConfig, connections: usize, wait: Duration) -> Result<Pool, ConnectError> {
+        let manager = Manager::from_config(
+            config.driver().clone(),
+            config.tls()?,
+            ManagerConfig { recycling_method: RecyclingMethod::Fast },
+        );
+        let inner = deadpool_postgres::Pool::builder(manager)
+            .max_size(connections.max(1))
+            .wait_timeout(Some(wait))
+            .create_timeout(Some(Duration::from_secs(10)))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| ConnectError::Url(error.to_string()))?;
+        Ok(Pool { inner, wait })
+    }
+
+    pub async fn lease(&self, doing: &'static str) -> Result<Lease, PgError> {
+        self.inner.get().await.map(Lease).map_err(|error| match error {
+            PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
+            PoolError::Backend(error) => PgError::from_driver(doing, error),
+            other => PgError::Away { doing, source: other.to_string().into() },
+        })
+    }
+
+    /// Connections (in use, idle, allowed).
+    pub fn status(&self) -> (usize, usize, usize) {
+        let status = self.inner.status();
+        (status.size.saturating_sub(status.available), status.available, status.max_size)
+    }
+
+    pub fn close(&self) {
+        self.inner.close();
+    }
+}
+
+impl Lease {
+    /// Closes the connection instead of giving it back: its session is in a state nobody should meet.
+    pub fn discard(self) {
+        drop(Object::take(self.0));
+    }
+}
+
+impl Deref for Lease {
+    type Target = tokio_postgres::Client;
+
+    fn deref(&self) -> &tokio_postgres::Client {
+        &self.0
+    }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut tokio_postgres::Client {
+        &mut self.0
+    }
+}

@@ -1,0 +1,203 @@
+//! What a query's answer depends on for one role, and whether it may be kept at all.
+//!
+//! The union of two witnesses: the analyser, which reads the texts and narrows, and PostgreSQL's own generic plan,
+//! which misses no table. A table that only the plan knows counts whole. Executes nothing.
+
+use std::{
+    collections::HashSet,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio_postgres::{Client, SimpleQueryMessage, types::Type};
+use walcast_model::{Claims, TableName};
+use walcast_pg::{Catalog, Envelope, PgError, Pool, quote_ident};
+
+use crate::{
+    analyse::analyse,
+    dependency::{Dependency, condense},
+    error::{QueryError, Uncacheable},
+    explain::Explained,
+    file::NamedQuery,
+    functions::{Reached, reached},
+    gather::{Found, Gathered, gather, resolve},
+    known::Reference,
+    names::relations,
+};
+
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub role: String,
+    /// Every relation on the way, views and partitions included: if one is redefined, the plan is void.
+    pub tables: Vec<TableName>,
+    pub dependencies: Vec<Dependency>,
+    pub cacheable: Result<(), Uncacheable>,
+    /// Types of $1, $2, …
+    pub param_types: Vec<u32>,
+    /// The answer changes without a commit, so it may be kept for at most this long.
+    pub max_age: Option<Duration>,
+    /// Why no table is narrowed, if none could be.
+    pub not_narrowed: Option<String>,
+}
+
+const DOING: &str = "planning a query";
+/// The publication that feeds the cache.
+const PUBLICATION: &str = "walcast";
+
+/// What one transaction as the role tells.
+struct Seen {
+    param_types: Vec<u32>,
+    gathered: Gathered,
+    plan_relations: Vec<Found>,
+    reached: Reached,
+    published: HashSet<TableName>,
+}
+
+pub async fn plan(pool: &Pool, query: &NamedQuery, role: &str, timeout: Duration) -> Result<Plan, QueryError> {
+    if !query.allows(role) {
+        return Err(QueryError::RoleNotAllowed { name: query.name.clone(), role: role.to_owned() });
+    }
+    let refused = |error: PgError| QueryError::from_pg(&query.name, error, timeout);
+    let envelope = Envelope::new(&nobody(role).map_err(refused)?, timeout).setting("plan_cache_mode", "force_generic_plan");
+    let mut scope = envelope.open(pool, DOING).await.map_err(refused)?;
+    let seen = look(scope.client(), query).await.map_err(refused)?;
+    scope.end(DOING).await.map_err(refused)?;
+    let known = seen.gathered.known(&Catalog::new(pool.clone())).await.map_err(refused)?;
+
+    let types: Vec<String> = query.params.iter().map(|param| param.type_name.clone()).collect();
+    let narrowed = match (&query.parsed, &seen.gathered.unreadable) {
+        (_, Some(why)) => Err(why.clone()),
+        (_, None) if seen.reached.unfolded => Err("a function that reads tables was unfolded into the plan".to_owned()),
+        (None, None) => Err("the query's syntax is not understood".to_owned()),
+        (Some(parsed), None) => analyse(parsed, &types, &known).map_err(|given_up| given_up.0),
+    };
+    let (mut dependencies, not_narrowed) = match narrowed {
+        Ok(dependencies) => (dependencies, None),
+        // Whole tables: all that the texts name and all that the plan reads.
+        Err(why) => {
+            let tables = seen.gathered.found.values().filter(|found| found.kind != 'v');
+            (tables.map(|found| Dependency::whole(found.streamed.clone())).collect(), Some(why))
+        }
+    };
+    let by_parser: HashSet<TableName> = dependencies.iter().map(|dependency| dependency.table.clone()).collect();
+    let by_plan = seen.plan_relations.iter().map(|found| found.streamed.clone());
+    dependencies.extend(by_plan.filter(|table| !by_parser.contains(table)).map(Dependency::whole));
+    dependencies.extend(query.depends.iter().cloned().map(Dependency::whole));
+    let dependencies = condense(dependencies);
+
+    let mut tables: Vec<TableName> = seen.relations().flat_map(|found| [found.name.clone(), found.streamed.clone()]).collect();
+    tables.extend(query.depends.iter().cloned());
+    tables.sort();
+    tables.dedup();
+    let max_age = seen.reached.clock.as_ref().and(query.max_age);
+    let cacheable = judge(query, &seen, &dependencies);
+    Ok(Plan { role: role.to_owned(), tables, dependencies, cacheable, param_types: seen.param_types, max_age, not_narrowed })
+}
+
+impl Seen {
+    fn relations(&self) -> impl Iterator<Item = &Found> {
+        self.gathered.found.values().chain(&self.plan_relations)
+    }
+}
+
+/// Planning asks for no row, so nobody's claims are needed.
+fn nobody(role: &str) -> Result<Claims, PgError> {
+    let map = serde_json::json!({ "role": role, "exp": 0 });
+    let Value::Object(map) = map else { unreachable!("written as an object above") };
+    Claims::verified(map).map_err(|error| PgError::Unexpected { doing: DOING, what: error.to_string() })
+}
+
+async fn look(client: &Client, query: &NamedQuery) -> Result<Seen, PgError> {
+    let wrong = PgError::when(DOING);
+    let explained = explain(client, query).await?;
+    let param_types = param_types(client, query).await?;
+    let plan_relations = resolve(client, &explained.relations).await.map_err(&wrong)?;
+    let named: Vec<Reference> = query.parsed.as_ref().and_then(|parsed| relations(&**parsed)).unwrap_or_default();
+    // What the plan reads is gathered too: its policies and views may call functions.
+    let all = named.into_iter().chain(explained.relations.iter().cloned()).collect();
+    let mut gathered = gather(client, all).await.map_err(&wrong)?;
+    if query.parsed.as_ref().is_some_and(|parsed| relations(&**parsed).is_none()) {
+        gathered.unreadable.get_or_insert("a relation's name is not understood".into());
+    }
+    let mut texts = gathered.texts.clone();
+    texts.push(query.sql.clone());
+    let reached = reached(client, &texts, &explained.expressions).await.map_err(&wrong)?;
+    let published = published(client).await.map_err(&wrong)?;
+    let plan_relations = plan_relations.into_iter().map(|(_, found)| found).collect();
+    Ok(Seen { param_types, gathered, plan_relations, reached, published })
+}
+
+/// PREPARE with declared types and EXPLAIN EXECUTE under `force_generic_plan`: works alike on every version that we
+/// support, and no parameter's value can prune a table away.
+async fn explain(client: &Client, query: &NamedQuery) -> Result<Explained, PgError> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let name = quote_ident(&format!("walcast_{}_{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+    let types: Vec<&str> = query.params.iter().map(|param| param.type_name.as_str()).collect();
+    let (types, nulls) = match types.len() {
+        0 => (String::new(), String::new()),
+        count => (format!(" ({})", types.join(", ")), format!(" ({})", vec!["null"; count].join(", "))),
+    };
+    let wrong = PgError::when(DOING);
+    client.batch_execute(&format!("prepare {name}{types} as select * from (\n{}\n) walcast_q", query.sql)).await.map_err(&wrong)?;
+    let messages =
+        client.simple_query(&format!("explain (verbose, costs off, format json) execute {name}{nulls}")).await.map_err(&wrong)?;
+    client.batch_execute(&format!("deallocate {name}")).await.map_err(&wrong)?;
+    let text: String = messages
+        .iter()
+        .filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        })
+        .collect();
+    let plan: Value =
+        serde_json::from_str(&text).map_err(|error| PgError::Unexpected { doing: DOING, what: format!("EXPLAIN: {error}") })?;
+    Ok(Explained::read(&plan))
+}
+
+async fn param_types(client: &Client, query: &NamedQuery) -> Result<Vec<u32>, PgError> {
+    let names: Vec<&str> = query.params.iter().map(|param| param.type_name.as_str()).collect();
+    let sql = "select pg_catalog.to_regtype(x.name)::oid::int8 \
+               from pg_catalog.unnest($1::text[]) with ordinality as x(name, n) order by x.n";
+    let rows = client.query_typed(sql, &[(&names, Type::TEXT_ARRAY)]).await.map_err(PgError::when(DOING))?;
+    let oid = |row: &tokio_postgres::Row| row.get::<_, Option<i64>>(0).map(|oid| oid as u32);
+    rows.iter()
+        .map(oid)
+        .collect::<Option<Vec<u32>>>()
+        .ok_or_else(|| PgError::Unexpected { doing: DOING, what: format!("one of the types {} is not known", names.join(", ")) })
+}
+
+/// Tables whose every change the publication carries.
+async fn published(client: &Client) -> Result<HashSet<TableName>, tokio_postgres::Error> {
+    let sql = "select t.schemaname::text, t.tablename::text from pg_catalog.pg_publication_tables t \
+               join pg_catalog.pg_publication p on p.pubname = t.pubname \
+               where t.pubname = $1 and p.pubinsert and p.pubupdate and p.pubdelete and p.pubtruncate and t.rowfilter is null";
+    let rows = client.query_typed(sql, &[(&PUBLICATION, Type::TEXT)]).await?;
+    Ok(rows.iter().map(|row| TableName::new(row.get(0), row.get(1))).collect())
+}
+
+/// The gravest reason first: what no header can mend.
+fn judge(query: &NamedQuery, seen: &Seen, dependencies: &[Dependency]) -> Result<(), Uncacheable> {
+    if let Some(name) = &seen.reached.volatile {
+        return Err(Uncacheable::Volatile(name.clone()));
+    }
+    for found in seen.relations() {
+        let what = match found.kind {
+            'm' => "a materialised view",
+            'f' => "a foreign table",
+            'S' => "a sequence",
+            _ => continue,
+        };
+        return Err(Uncacheable::Untracked { table: found.name.clone(), what });
+    }
+    if let (Some(name), true) = (&seen.reached.opaque, query.depends.is_empty()) {
+        return Err(Uncacheable::Opaque(name.clone()));
+    }
+    if let (Some(name), None) = (&seen.reached.clock, query.max_age) {
+        return Err(Uncacheable::Clock(name.clone()));
+    }
+    match dependencies.iter().find(|dependency| !seen.published.contains(&dependency.table)) {
+        Some(dependency) => Err(Uncacheable::unpublished(&dependency.table)),
+        None => Ok(()),
+    }
+}

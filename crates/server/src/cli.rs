@@ -1,0 +1,307 @@
+//! The command line: which commands there are, what each needs, and how it ends.
+//! Exit codes: 0 done, 1 failed, 2 not understood. Errors go to stderr as one sentence, a code and a hint.
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{ArgAction, ArgMatches, Args, Command as Clap, FromArgMatches, Parser, Subcommand};
+
+use crate::{
+    commands,
+    failure::Failure,
+    settings::{
+        Inputs, Loaded, load,
+        table::{SETTINGS, Setting},
+    },
+};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "walcast",
+    version,
+    about = "Commits go in; fresh reads and live screens come out.",
+    long_about = "Walcast stands beside PostgreSQL, reads its write-ahead log, and gives applications a cache that is never\n\
+                  silently stale and live updates that never stop silently.",
+    after_help = "First steps:\n  walcast dev                          try it: a PostgreSQL of its own, a demo, all keys made\n\n\
+                  Beside your own database:\n  \
+                  walcast migrate --database-url URL   once, as an administrator (--print shows the SQL first)\n  \
+                  walcast check                        is everything as it should be?\n  \
+                  walcast serve                        as the role that migrate made\n\n\
+                  Every setting is a flag, an environment variable and a key in walcast.toml: `walcast serve --help` lists them."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub settings: SettingFlags,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Try Walcast: its own PostgreSQL, the clinic demo and generated keys
+    #[command(after_help = "Needs nothing. Examples:\n  walcast dev\n  walcast dev --rate 50\n  walcast dev --reset")]
+    Dev(DevArgs),
+    /// Serve cache and live updates beside your database
+    #[command(after_help = "Needs: a migrated database (walcast migrate), WALCAST_DATABASE_URL for the serve role, WALCAST_JWT_SECRET.\n\
+                            Example:\n  WALCAST_DATABASE_URL=postgresql://walcast:…@db:5432/app WALCAST_JWT_SECRET_FILE=/run/secrets/jwt walcast serve")]
+    Serve,
+    /// Put Walcast's schema, roles and publications into a database
+    #[command(after_help = "Needs: the database URL of an administrator. Creates what is missing and touches nothing that exists.\n\
+                            Examples:\n  walcast migrate --print | less\n  walcast migrate --database-url postgresql://postgres@localhost/app\n  \
+                            walcast migrate --tables patients,audit.log")]
+    Migrate(MigrateArgs),
+    /// Look at database and settings, and say what mends what is wrong
+    #[command(after_help = "Needs: the same settings as serve. Exit code 1 if anything fails.\nExamples:\n  walcast check\n  walcast check --json")]
+    Check(CheckArgs),
+    /// Make a token for development
+    #[command(after_help = "Needs: WALCAST_JWT_SECRET, or a running `walcast dev`. Prints only the token.\nExamples:\n  \
+                            walcast token --sub 6f1c2a34-0000-4000-8000-000000000001\n  walcast token --role service_role --expires 10m\n  \
+                            walcast token --claim tenant=7 --claim 'app_metadata={\"plan\":\"pro\"}'\n  \
+                            curl -H \"Authorization: Bearer $(walcast token)\" …")]
+    Token(TokenArgs),
+    /// Watch changes of a running server in the terminal
+    #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\nExamples:\n  \
+                            walcast tail --table patients\n  walcast tail --table public.orders --event UPDATE --json | jq .record")]
+    Tail(TailArgs),
+    /// Show the settings in force and where each comes from
+    Config(ConfigArgs),
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct DevArgs {
+    /// Begin with an empty database
+    #[arg(long)]
+    pub reset: bool,
+    /// Changes that the demo writes per second
+    #[arg(long, value_name = "N")]
+    pub rate: Option<u32>,
+    /// Write nothing by itself
+    #[arg(long, conflicts_with = "rate")]
+    pub no_writer: bool,
+    /// Port for HTTP and WebSocket
+    #[arg(long)]
+    pub port: Option<u16>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct MigrateArgs {
+    /// Print the SQL, for psql, and run nothing; without a database URL, the part that is the same everywhere
+    #[arg(long)]
+    pub print: bool,
+    /// Publish only these tables
+    #[arg(long, value_name = "A,B", value_delimiter = ',', conflicts_with = "schemas")]
+    pub tables: Vec<String>,
+    /// Publish only the tables of these schemas
+    #[arg(long, value_name = "S,T", value_delimiter = ',')]
+    pub schemas: Vec<String>,
+    /// Login role that `walcast serve` will use; made if missing
+    #[arg(long, value_name = "NAME", default_value = "walcast")]
+    pub serve_role: String,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct CheckArgs {
+    /// One JSON document instead of lines
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TokenArgs {
+    /// Database role that the token names
+    #[arg(long, default_value = "authenticated")]
+    pub role: String,
+    /// Who the token is for; what auth.uid() answers
+    #[arg(long, value_name = "UUID")]
+    pub sub: Option<String>,
+    /// Another claim; JSON if it reads as JSON, else text. May be repeated
+    #[arg(long = "claim", value_name = "K=V")]
+    pub claims: Vec<String>,
+    /// How long it is good: 10m, 1h, 30d
+    #[arg(long, value_name = "TIME", default_value = "1h")]
+    pub expires: String,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct TailArgs {
+    /// `table` or `schema.table`
+    #[arg(long)]
+    pub table: Option<String>,
+    /// Only these changes
+    #[arg(long, value_parser = ["INSERT", "UPDATE", "DELETE", "*"], ignore_case = true)]
+    pub event: Option<String>,
+    /// One JSON document a line
+    #[arg(long)]
+    pub json: bool,
+    /// Where the server is; else the running dev, else server.listen
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Watch as the holder of this token instead of as service_role
+    #[arg(long)]
+    pub token: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ConfigArgs {
+    /// Print the reference page of all settings
+    #[arg(long)]
+    pub reference: bool,
+}
+
+/// `--config` and one flag for each line of the settings table.
+#[derive(Debug, Clone, Default)]
+pub struct SettingFlags {
+    pub config: Option<std::path::PathBuf>,
+    /// Key and text of each flag that was given.
+    pub given: Vec<(String, String)>,
+}
+
+impl SettingFlags {
+    fn arg(setting: &'static Setting) -> clap::Arg {
+        let mut help = setting.help.to_owned();
+        if !setting.default.is_empty() {
+            help.push_str(&format!(" [default: {}]", setting.default));
+        }
+        help.push_str(&format!(" [env: {}]", setting.env()));
+        let mut arg = clap::Arg::new(setting.key)
+            .long(setting.flag())
+            .value_name(setting.kind.name().replace('`', "").to_uppercase().replace(' ', "_"))
+            .help(help)
+            .help_heading("Settings")
+            .hide_short_help(true)
+            .global(true)
+            .action(ArgAction::Set);
+        if let Some(short) = setting.short_flag() {
+            arg = arg.visible_alias(short);
+        }
+        if matches!(setting.key, "cache.l2" | "cache.strict") {
+            // With `=` only, so that the word after it stays a word.
+            arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true");
+        }
+        arg
+    }
+}
+
+impl Args for SettingFlags {
+    fn augment_args(command: Clap) -> Clap {
+        let config = clap::Arg::new("config")
+            .long("config")
+            .value_name("FILE")
+            .value_parser(clap::value_parser!(std::path::PathBuf))
+            .help("Settings file [default: walcast.toml] [env: WALCAST_CONFIG]")
+            .global(true);
+        command.arg(config).args(SETTINGS.iter().map(SettingFlags::arg))
+    }
+
+    fn augment_args_for_update(command: Clap) -> Clap {
+        SettingFlags::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SettingFlags {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<SettingFlags, clap::Error> {
+        let given = |setting: &Setting| Some((setting.key.to_owned(), matches.get_one::<String>(setting.key)?.clone()));
+        Ok(SettingFlags { config: matches.get_one::<std::path::PathBuf>("config").cloned(), given: SETTINGS.iter().filter_map(given).collect() })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = SettingFlags::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// The whole program: reads arguments and environment, runs the command, tells what went wrong.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        // clap's own text names the nearest flag; help and version are no errors.
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    match execute(cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprint!("{}", failure.report());
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn execute(cli: Cli) -> Result<ExitCode, Failure> {
+    if let Command::Config(ConfigArgs { reference: true }) = cli.command {
+        print!("{}", crate::settings::reference());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Loaded { settings, effective } = load(&inputs(cli.settings)?)?;
+    match cli.command {
+        Command::Migrate(args) => block_on(commands::migrate::run(settings, args)),
+        Command::Check(args) => block_on(commands::check::run(settings, args)),
+        Command::Token(args) => commands::token::run(settings, args),
+        Command::Tail(args) => block_on(commands::tail::run(settings, args)),
+        Command::Config(_) => {
+            effective.iter().for_each(|line| println!("{} = {}  # {}", line.key, line.shown, line.origin));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Dev(_) | Command::Serve => {
+            Err(Failure::new("not_built", "this build of walcast has the tools only, not the server").hint("use a complete build".to_owned()))
+        }
+    }
+}
+
+fn inputs(flags: SettingFlags) -> Result<Inputs, Failure> {
+    let directory = std::env::current_dir().map_err(|error| Failure::new("directory", format!("the working directory cannot be read: {error}")))?;
+    let env = std::env::vars_os().map(|(name, text)| (name.to_string_lossy().into_owned(), text.to_string_lossy().into_owned())).collect();
+    Ok(Inputs { directory, env, flags: flags.given, config: flags.config })
+}
+
+fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new("runtime", format!("no threads can be started: {error}")))?;
+    runtime.block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn settings_may_stand_before_and_after_the_command() {
+        for line in ["walcast --cache.l1-bytes 5MB serve", "walcast serve --cache.l1-bytes 5MB", "walcast serve --cache.l1-bytes=5MB"] {
+            assert_eq!(parse(line).unwrap().settings.given, [("cache.l1_bytes".to_owned(), "5MB".to_owned())], "{line}");
+        }
+        let given = parse("walcast --cache.strict serve --cache.l2=false --database-url postgresql://x --listen 0.0.0.0:1").unwrap().settings.given;
+        let keys: Vec<_> = given.iter().map(|(key, text)| format!("{key}={text}")).collect();
+        assert_eq!(keys, ["database.url=postgresql://x", "server.listen=0.0.0.0:1", "cache.strict=true", "cache.l2=false"]);
+        assert_eq!(parse("walcast check --config a.toml").unwrap().settings.config.unwrap().to_str(), Some("a.toml"));
+    }
+
+    #[test]
+    fn a_misspelt_flag_is_told_the_nearest() {
+        let error = parse("walcast serve --cache.l1-byte 5").unwrap_err();
+        assert!(error.to_string().contains("--cache.l1-bytes"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn help_teaches() {
+        let help = parse("walcast migrate --help").unwrap_err().to_string();
+        for part in ["--print", "Needs:", "walcast migrate --tables", "--cache.l1-bytes", "WALCAST_DATABASE_URL"] {
+            assert!(help.contains(part), "{part} in {help}");
+        }
+        // The short help stays short.
+        assert!(!parse("walcast migrate -h").unwrap_err().to_string().contains("--cache.l1-bytes"));
+    }
+}

@@ -1,0 +1,6 @@
+//! One file a command. Each takes the settings and its arguments, and answers with the exit code or a failure.
+
+pub mod check;
+pub mod migrate;
+pub mod tail;
+pub mod token;

@@ -1,0 +1,277 @@
+//! `/cache/v1/{namespace}/{key}`: GET, HEAD, PUT, DELETE, and `POST /cache/v1/invalidate`.
+//!
+//! A miss answers 404 with a ticket; the value that was then read is put back with it. `Cache-Status` tells on every answer.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use axum::{
+    Json,
+    body::Body,
+    extract::{Path, State, rejection::PathRejection},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Deserialize;
+use serde_json::json;
+use walcast_engine::{
+    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Stored, Written,
+    model::{CacheKey, Claims, Tag},
+};
+
+use crate::http::{App, identity::Caller, refusal::Refusal};
+
+const TICKET: HeaderName = HeaderName::from_static("walcast-ticket");
+const POSITION: HeaderName = HeaderName::from_static("walcast-position");
+const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
+
+pub async fn get(
+    State(app): State<App>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    Caller(claims): Caller,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
+    let key = key(&app, path, &claims)?;
+    let position = app.engine.position();
+    let mut response = match app.engine.cache_get(&key, freshness(&headers)?).await {
+        Lookup::Hit { entry, tier, stale } => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+            let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
+            if let Some(stale) = stale {
+                status = format!("walcast; hit; stale; detail={}", stale.as_str());
+            }
+            hit(&entry, &headers, &status, entry.age(now))
+        }
+        Lookup::Miss { reason } => {
+            let ticket = app.engine.cache_ticket(&key).await;
+            let refusal = Refusal::new(StatusCode::NOT_FOUND, "miss", format!("{key} is not in the cache: {}", reason.as_str()))
+                .hint("read the value in a transaction begun after this answer, then PUT it with the Walcast-Ticket");
+            let mut response = refusal.into_response();
+            let status = format!("walcast; fwd=miss; detail={}", reason.as_str());
+            response.headers_mut().insert(CACHE_STATUS, header_value(&status));
+            if let Some(ticket) = ticket {
+                response.headers_mut().insert(TICKET, header_value(&ticket));
+            }
+            response
+        }
+    };
+    response.headers_mut().insert(POSITION, header_value(&position.to_string()));
+    response.headers_mut().insert(
+        header::ACCESS_CONTROL_EXPOSE_HEADERS,
+        HeaderValue::from_static("cache-status, walcast-position, walcast-ticket, cache-tag, etag, age"),
+    );
+    Ok(response)
+}
+
+fn hit(entry: &Entry, headers: &HeaderMap, status: &str, age: Duration) -> Response {
+    let same = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag.as_bytes() == entry.etag.as_bytes());
+    let mut response = if same { StatusCode::NOT_MODIFIED.into_response() } else { entry.value.clone().into_response() };
+    let out = response.headers_mut();
+    if !same {
+        out.insert(header::CONTENT_TYPE, header_value(&entry.content_type));
+    }
+    let tags: Vec<&str> = entry.tags.iter().map(Tag::as_str).collect();
+    out.insert(header::ETAG, header_value(&entry.etag));
+    out.insert(header::AGE, header_value(&age.as_secs().to_string()));
+    out.insert(header::CACHE_CONTROL, HeaderValue::from_static("private, no-cache"));
+    out.insert(CACHE_STATUS, header_value(status));
+    out.insert(HeaderName::from_static("cache-tag"), header_value(&tags.join(", ")));
+    response
+}
+
+pub async fn put(
+    State(app): State<App>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    Caller(claims): Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, Refusal> {
+    let key = key(&app, path, &claims)?;
+    let limit = app.limits.max_value_bytes;
+    let too_large = || {
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "value_too_large", format!("a value has at most {limit} bytes"))
+            .hint("split the value, or raise cache.max_value_bytes")
+    };
+    if headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok()).is_some_and(|n| n > limit) {
+        return Err(too_large());
+    }
+    let value = axum::body::to_bytes(body, limit).await.map_err(|_| too_large())?;
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
+    let written = match (text("walcast-ticket"), text("walcast-written")) {
+        (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
+        (None, Some(xid)) => Written::By(xid.parse().map_err(|_| {
+            Refusal::new(StatusCode::BAD_REQUEST, "bad_transaction_id", format!("`{xid}` is not a transaction id"))
+                .hint("send the result of pg_current_xact_id() of the transaction that wrote")
+        })?),
+        (None, None) => Written::External,
+    };
+    let content_type = text("content-type").unwrap_or("application/octet-stream").into();
+    let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(text("cache-control"))? };
+    let position = app.engine.position();
+    let answer = match app.engine.cache_put(&key, value, written).await {
+        Ok(Stored::Yes { .. }) => json!({ "stored": true }),
+        Ok(Stored::No(refusal)) => json!({ "stored": false, "reason": refusal.as_str() }),
+        // The value was good for its reader all the same.
+        Err(PutFailure::Ticket(error)) => json!({ "stored": false, "reason": error.code() }),
+        Err(PutFailure::UnknownTransaction(_)) => json!({ "stored": false, "reason": "unknown_transaction" }),
+        Err(error) => return Err(put_refused(error)),
+    };
+    Ok(([(POSITION, header_value(&position.to_string()))], Json(answer)).into_response())
+}
+
+fn put_refused(error: PutFailure) -> Refusal {
+    let text = error.to_string();
+    match error {
+        PutFailure::TicketRequired(_) => Refusal::new(StatusCode::PRECONDITION_REQUIRED, "ticket_required", text)
+            .hint("GET the key first and send back the Walcast-Ticket of its miss"),
+        PutFailure::UntrackedTag(..) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, "untracked_tag", text)
+            .hint("use the table's own tag, index the column, or publish the table"),
+        PutFailure::Put(error) => {
+            let status = match &error {
+                PutError::UnknownNamespace(_) => StatusCode::NOT_FOUND,
+                PutError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+                _ => StatusCode::BAD_REQUEST,
+            };
+            Refusal::new(status, error.code(), text)
+        }
+        PutFailure::Database(_) => {
+            Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", text).hint("the value was not stored; go on without")
+        }
+        PutFailure::Ticket(_) | PutFailure::UnknownTransaction(_) => Refusal::new(StatusCode::CONFLICT, "not_stored", text),
+    }
+}
+
+pub async fn delete(
+    State(app): State<App>,
+    path: Result<Path<(String, String)>, PathRejection>,
+    Caller(claims): Caller,
+) -> Result<Response, Refusal> {
+    let key = key(&app, path, &claims)?;
+    app.engine.cache_delete_local(&key);
+    invalidated(&app, vec![Tag::key(&key)]).await
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Invalidate {
+    namespace: Option<String>,
+    #[serde(default)]
+    keys: Vec<String>,
+    #[serde(default)]
+    tags: Vec<String>,
+}
+
+pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: axum::body::Bytes) -> Result<Response, Refusal> {
+    let wrong = |code: &str, why: String| {
+        Refusal::new(StatusCode::BAD_REQUEST, code, why)
+            .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
+    };
+    let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
+    let mut raised = Vec::new();
+    match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
+        (None, true, true) => return Err(wrong("nothing_named", "the request names nothing to invalidate".into())),
+        (None, false, _) => return Err(wrong("namespace_required", "keys need their namespace".into())),
+        _ => {}
+    }
+    if let Some(namespace) = &asked.namespace {
+        may_use(&app, namespace, &claims)?;
+        CacheKey::new(namespace, "x").map_err(|error| wrong("bad_namespace", error.to_string()))?;
+        if asked.keys.is_empty() && asked.tags.is_empty() {
+            raised.push(Tag::namespace(namespace));
+        }
+        for key in &asked.keys {
+            let key = CacheKey::new(namespace, key).map_err(|error| wrong("bad_key", error.to_string()))?;
+            app.engine.cache_delete_local(&key);
+            raised.push(Tag::key(&key));
+        }
+    }
+    if !asked.tags.is_empty() && claims.role() != "service_role" {
+        return Err(Refusal::new(StatusCode::FORBIDDEN, "role_not_allowed", "tags reach into every namespace; this role may not raise them")
+            .hint("use a service_role token, or invalidate by namespace and keys"));
+    }
+    for tag in &asked.tags {
+        let tag = Tag::parse(tag).map_err(|error| wrong("bad_tag", error.to_string()))?;
+        raised.push(tag);
+    }
+    invalidated(&app, raised).await
+}
+
+async fn invalidated(app: &App, tags: Vec<Tag>) -> Result<Response, Refusal> {
+    match app.engine.invalidate(tags).await {
+        Ok(done) => {
+            let position = header_value(&done.position.to_string());
+            let answer = json!({ "invalidated": done.tags, "position": done.position.to_string() });
+            Ok(([(POSITION, position)], Json(answer)).into_response())
+        }
+        Err(error @ InvalidateError::TooMany(_)) => {
+            Err(Refusal::new(StatusCode::BAD_REQUEST, "too_many_tags", error.to_string()).hint("split the request"))
+        }
+        Err(error @ InvalidateError::Unheard(_)) => Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, "not_heard_yet", error.to_string())
+            .hint("it takes effect when the stream comes to it; /readyz shows the lag")),
+        Err(error @ InvalidateError::Database(_)) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", error.to_string())
+            .hint("nothing was invalidated; try again")),
+    }
+}
+
+fn key(app: &App, path: Result<Path<(String, String)>, PathRejection>, claims: &Claims) -> Result<CacheKey, Refusal> {
+    let Path((namespace, key)) = path.map_err(|error| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}")).hint("a key is one percent-encoded path segment")
+    })?;
+    may_use(app, &namespace, claims)?;
+    CacheKey::new(&namespace, &key).map_err(|error| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", error.to_string()).hint("a key is one percent-encoded path segment")
+    })
+}
+
+fn may_use(app: &App, namespace: &str, claims: &Claims) -> Result<(), Refusal> {
+    if !app.engine.knows_namespace(namespace) {
+        return Err(Refusal::new(StatusCode::NOT_FOUND, "unknown_namespace", format!("there is no namespace `{namespace}`, and cache.strict is on"))
+            .hint(format!("add [cache.namespaces.{namespace}] to walcast.toml")));
+    }
+    if app.engine.may_use_namespace(claims, namespace) {
+        return Ok(());
+    }
+    let who = claims.role();
+    Err(Refusal::new(StatusCode::FORBIDDEN, "role_not_allowed", format!("role `{who}` may not use namespace `{namespace}`"))
+        .hint(format!("use a service_role token, or add the role to roles of [cache.namespaces.{namespace}]")))
+}
+
+/// `Walcast-At-Least: <position or transaction id>`.
+pub fn freshness(headers: &HeaderMap) -> Result<Freshness, Refusal> {
+    let Some(text) = headers.get("walcast-at-least").and_then(|value| value.to_str().ok()).map(str::trim) else {
+        return Ok(Freshness::Any);
+    };
+    if let Ok(xid) = text.parse() {
+        return Ok(Freshness::Contains(xid));
+    }
+    let position = text.parse().map_err(|error| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_position", format!("{error}"))
+            .hint("send a Walcast-Position as it came, or the result of pg_current_xact_id()")
+    })?;
+    Ok(Freshness::AtLeast(position))
+}
+
+fn tags(header: Option<&str>) -> Result<Vec<Tag>, Refusal> {
+    let parts = header.unwrap_or_default().split(',').map(str::trim).filter(|part| !part.is_empty());
+    parts
+        .map(|part| {
+            Tag::parse(part).map_err(|error| {
+                Refusal::new(StatusCode::BAD_REQUEST, "bad_tag", error.to_string()).hint("Cache-Tag: patients:id=7, reports")
+            })
+        })
+        .collect()
+}
+
+fn max_age(header: Option<&str>) -> Result<Option<Duration>, Refusal> {
+    let directives = header.unwrap_or_default().split(',').map(str::trim);
+    let mut ages = directives.filter_map(|directive| directive.strip_prefix("max-age="));
+    let Some(age) = ages.next() else { return Ok(None) };
+    let seconds = age.trim_matches('"').parse().map_err(|_| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", format!("`max-age={age}` is not a number of seconds")).hint("Cache-Control: max-age=300")
+    })?;
+    Ok(Some(Duration::from_secs(seconds)))
+}
+
+pub fn header_value(text: &str) -> HeaderValue {
+    let printable: String = text.chars().map(|c| if (' '..='~').contains(&c) { c } else { '?' }).collect();
+    HeaderValue::from_str(&printable).unwrap_or(HeaderValue::from_static(""))
+}

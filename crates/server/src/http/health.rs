@@ -1,0 +1,29 @@
+//! `/healthz` (alive), `/readyz` (stream attached and heard), `/metrics` (Prometheus).
+
+use axum::{
+    Json,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+};
+use walcast_engine::Readiness;
+
+use crate::http::App;
+
+pub async fn alive() -> &'static str {
+    "ok\n"
+}
+
+pub async fn ready(State(app): State<App>) -> impl IntoResponse {
+    let health = app.engine.health();
+    let status = match health.readiness {
+        Readiness::Ready => StatusCode::OK,
+        Readiness::NotReady => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    (status, Json(health.report))
+}
+
+pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
+    app.engine.refresh_gauges();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
+}

@@ -1,0 +1,140 @@
+//! The HTTP door: every path, and the state that the handlers share.
+//!
+//! [`realtime`]: WebSocket for Supabase clients. [`sse`]: event streams. [`cache`], [`query`]: reads.
+//! [`health`]: for operators. [`identity`]: who is asking. Errors are [`refusal::Refusal`]s.
+
+pub mod cache;
+pub mod health;
+pub mod identity;
+pub mod pages;
+pub mod query;
+pub mod realtime;
+pub mod refusal;
+pub mod sse;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    http::{HeaderValue, header},
+    response::Response,
+    routing::{any, get, post},
+};
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use walcast_engine::Engine;
+
+pub use pages::DemoSession;
+
+/// What the handlers share.
+#[derive(Clone)]
+pub struct App {
+    pub engine: Engine,
+    pub limits: Limits,
+    pub metrics: PrometheusHandle,
+    /// Only `walcast dev` serves the demo and its keys.
+    pub demo: Option<Arc<DemoSession>>,
+    /// Cancelled when the server drains: long connections end themselves.
+    pub closing: CancellationToken,
+    pub connections: Arc<AtomicUsize>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub outbox_bytes: usize,
+    pub max_topics: usize,
+    pub max_frame_bytes: usize,
+    pub max_connections: usize,
+    pub max_value_bytes: usize,
+}
+
+/// Counts a long connection for as long as it lives.
+pub struct Connection(Arc<AtomicUsize>);
+
+impl App {
+    /// None if the server is full.
+    pub fn admit(&self) -> Option<Connection> {
+        let taken = Connection(self.connections.clone());
+        let before = self.connections.fetch_add(1, Ordering::AcqRel);
+        metrics::gauge!("walcast_connections").set((before + 1) as f64);
+        (before < self.limits.max_connections).then_some(taken)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let before = self.0.fetch_sub(1, Ordering::AcqRel);
+        metrics::gauge!("walcast_connections").set(before.saturating_sub(1) as f64);
+    }
+}
+
+pub fn router(app: App) -> Router {
+    let body_limit = app.limits.max_value_bytes + 1;
+    let mut router = Router::new()
+        .route("/", get(pages::index))
+        .route("/healthz", get(health::alive))
+        .route("/readyz", get(health::ready))
+        .route("/metrics", get(health::metrics))
+        .route("/realtime/v1/websocket", get(realtime::upgrade))
+        .route("/socket/websocket", get(realtime::upgrade))
+        .route("/sse/v1/changes", get(sse::changes))
+        .route("/query/v1/{name}", get(query::get).post(query::post))
+        .route("/cache/v1/invalidate", post(cache::invalidate))
+        .route(
+            "/cache/v1/{namespace}/{key}",
+            // HEAD is answered by GET's handler, which axum calls for it.
+            get(cache::get).put(cache::put).delete(cache::delete).layer(DefaultBodyLimit::max(body_limit)),
+        )
+        .route("/rest/v1", any(pages::elsewhere))
+        .route("/rest/v1/{*rest}", any(pages::elsewhere))
+        .route("/auth/v1/{*rest}", any(pages::elsewhere))
+        .route("/storage/v1/{*rest}", any(pages::elsewhere));
+    if app.demo.is_some() {
+        router = router
+            .route("/demo", get(pages::demo_index))
+            .route("/demo/session.json", get(pages::demo_session))
+            .route("/demo/{*file}", get(pages::demo_file));
+    }
+    router.fallback(pages::not_found).layer(axum::middleware::map_response(common_headers)).with_state(app)
+}
+
+async fn common_headers(mut response: Response) -> Response {
+    let headers = response.headers_mut();
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    // Tokens travel in headers, never in cookies, so any page may ask.
+    headers.entry(header::ACCESS_CONTROL_ALLOW_ORIGIN).or_insert(HeaderValue::from_static("*"));
+    response
+}
+
+/// A listener, or one clear sentence about the address.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
+    TcpListener::bind(address).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            format!("{address} is taken by another program; choose another address with --server.listen or WALCAST_LISTEN")
+        }
+        _ => format!("cannot listen on {address}: {error}"),
+    })
+}
+
+/// Serves until `closing` is cancelled, then lets short requests end.
+pub async fn serve(listener: TcpListener, app: App) -> std::io::Result<()> {
+    let closing = app.closing.clone();
+    let served = axum::serve(listener, router(app)).with_graceful_shutdown(closing.clone().cancelled_owned());
+    tokio::select! {
+        ended = served => ended,
+        () = async {
+            closing.cancelled().await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        } => Ok(()),
+    }
+}

@@ -1,0 +1,237 @@
+//! A joined topic: its join, its subscription, and when it ends. Joining, renewing a token, leaving.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use walcast_engine::{Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims};
+use walcast_protocol::{
+    join::Join,
+    phoenix::{Inbound, Vsn, end, push, reply},
+};
+
+use super::{ByTopic, Socket};
+
+/// A rejoin with a token that has just expired waits so long for its new one: the stock client asks for it
+/// only after an answer.
+const QUARANTINE: Duration = Duration::from_secs(5);
+
+pub struct Channel {
+    topic: Arc<str>,
+    join_ref: Option<String>,
+    join: Join,
+    token: String,
+    ends_at: SystemTime,
+    /// None while quarantined, or without bindings.
+    handle: Option<SubscriptionHandle>,
+    quarantined: bool,
+}
+
+/// The topics of one connection.
+pub struct Channels {
+    by_topic: ByTopic,
+    limit: usize,
+}
+
+impl Channels {
+    pub fn new(limit: usize) -> Channels {
+        Channels { by_topic: ByTopic::new(), limit }
+    }
+
+    pub fn get(&self, topic: &str) -> Option<&Channel> {
+        self.by_topic.get(topic)
+    }
+
+    pub fn remove(&mut self, topic: &str) -> Option<Channel> {
+        self.by_topic.remove(topic)
+    }
+
+    pub fn next_end(&self) -> Option<SystemTime> {
+        self.by_topic.values().map(|channel| channel.ends_at).min()
+    }
+
+    pub fn take_due(&mut self) -> Vec<Channel> {
+        let now = SystemTime::now();
+        self.by_topic.extract_if(|_, channel| channel.ends_at <= now).map(|(_, channel)| channel).collect()
+    }
+}
+
+impl Channel {
+    pub fn is_quarantined(&self) -> bool {
+        self.quarantined
+    }
+
+    pub fn ended(&self, vsn: Vsn, event: &str, payload: &Value) -> Bytes {
+        end(vsn, self.join_ref.as_deref(), &self.topic, event, payload)
+    }
+
+    pub fn system(&self, vsn: Vsn, extension: &str, status: &str, message: &str) -> Bytes {
+        let channel = self.topic.strip_prefix("realtime:").unwrap_or(&self.topic);
+        let payload = json!({ "extension": extension, "status": status, "message": message, "channel": channel });
+        push(vsn, &self.topic, "system", payload.to_string().as_bytes())
+    }
+
+    fn live(&self, vsn: Vsn) -> Vec<Bytes> {
+        if self.join.bindings.is_empty() {
+            return Vec::new();
+        }
+        vec![self.system(vsn, "postgres_changes", "ok", "Subscribed to PostgreSQL")]
+    }
+}
+
+impl Socket {
+    pub(super) async fn join(&mut self, frame: Inbound) {
+        if let Some(old) = self.channels.by_topic.remove(frame.topic.as_str()) {
+            self.outbox.push(old.ended(self.vsn, "phx_close", &json!({})));
+        }
+        let join = Join::parse(&frame.payload);
+        if let Err(reason) = self.may_open(&frame.topic, &join) {
+            return self.refuse(&frame, &reason);
+        }
+        let token = self.token_or_key(join.access_token.as_deref());
+        let mut channel = Channel {
+            topic: frame.topic.as_str().into(),
+            join_ref: frame.join_ref.clone().or_else(|| frame.reference.clone()),
+            join,
+            token,
+            ends_at: UNIX_EPOCH,
+            handle: None,
+            quarantined: false,
+        };
+        match self.app.engine.verify(&channel.token) {
+            Ok(claims) => match self.subscribe(&mut channel, claims, Some(&frame)).await {
+                Ok(()) => {}
+                Err(error) => return self.refuse(&frame, &reason_of(&error)),
+            },
+            Err(TokenError::Expired(_)) => {
+                channel.quarantined = true;
+                channel.ends_at = SystemTime::now() + QUARANTINE;
+                self.outbox.push(reply(self.vsn, &frame, "ok", &json!({ "postgres_changes": echoes(&channel.join) })));
+            }
+            Err(error) => return self.refuse(&frame, &format!("{}: {error}", error.code())),
+        }
+        self.channels.by_topic.insert(channel.topic.clone(), channel);
+    }
+
+    /// Registers, then answers, then lets the changes through. Without a frame to answer (a lifted quarantine)
+    /// only the `system` message tells.
+    async fn subscribe(&self, channel: &mut Channel, claims: Claims, answer: Option<&Inbound>) -> Result<(), SubscribeError> {
+        channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
+        let response = json!({ "postgres_changes": echoes(&channel.join) });
+        if channel.join.bindings.is_empty() {
+            if let Some(frame) = answer {
+                self.outbox.push(reply(self.vsn, frame, "ok", &response));
+            }
+            return Ok(());
+        }
+        let asked = channel.join.bindings.iter().map(|binding| Asked {
+            event: binding.event.clone(),
+            schema: binding.schema.clone(),
+            table: binding.table.clone(),
+            filter: binding.filter.clone(),
+            client_id: binding.id(),
+        });
+        let shape = Shape::Realtime { vsn: self.vsn, topic: channel.topic.clone(), positions: channel.join.tracks_position };
+        let (after, unreadable) = match channel.join.after.as_deref().map(str::parse) {
+            Some(Ok(position)) => (Some(position), false),
+            Some(Err(_)) => (None, true),
+            None => (None, false),
+        };
+        let request = SubscribeRequest { claims, asked: asked.collect(), shape, outbox: self.outbox.clone(), after };
+        let opened = self.app.engine.subscribe(request).await?;
+        let mut first = Vec::new();
+        if let Some(frame) = answer {
+            let mut response = response;
+            if channel.join.tracks_position {
+                let (status, reason) = match opened.opening {
+                    Opening::Live if unreadable => ("resync", Some("the position cannot be read")),
+                    Opening::Live => ("live", None),
+                    Opening::Resumed => ("resumed", None),
+                    Opening::Resync(reason) => ("resync", Some(reason)),
+                };
+                response["walcast"] = json!({ "status": status, "reason": reason, "position": opened.position.to_string() });
+            }
+            first.push(reply(self.vsn, frame, "ok", &response));
+        }
+        first.extend(channel.live(self.vsn));
+        channel.handle = Some(opened.release(first));
+        Ok(())
+    }
+
+    pub(super) async fn access_token(&mut self, frame: &Inbound) {
+        let sent = frame.payload["access_token"].as_str();
+        let token = self.token_or_key(sent);
+        let Some(mut channel) = self.channels.by_topic.remove(frame.topic.as_str()) else { return };
+        // No token, or the connection's own key: the channel keeps what it has.
+        let same = sent.is_none() || (token == self.key && !channel.quarantined) || token == channel.token;
+        if same {
+            self.channels.by_topic.insert(channel.topic.clone(), channel);
+            return;
+        }
+        match self.app.engine.verify(&token) {
+            Ok(claims) => {
+                channel.token = token;
+                if channel.quarantined {
+                    channel.quarantined = false;
+                    if let Err(error) = self.subscribe(&mut channel, claims, None).await {
+                        return self.end_with_error(channel, &reason_of(&error));
+                    }
+                } else {
+                    channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
+                    if let Some(handle) = &channel.handle {
+                        handle.subscriber.set_claims(claims);
+                    }
+                }
+                self.channels.by_topic.insert(channel.topic.clone(), channel);
+            }
+            Err(error) => self.end_with_error(channel, &format!("{}: {error}", error.code())),
+        }
+    }
+
+    fn may_open(&self, topic: &str, join: &Join) -> Result<(), String> {
+        let Some(name) = topic.strip_prefix("realtime:") else {
+            return Err("unmatched topic".into());
+        };
+        if name.is_empty() {
+            return Err("TopicNameRequired: a topic is `realtime:` and a name".into());
+        }
+        if self.channels.by_topic.len() >= self.channels.limit {
+            return Err(format!("ChannelRateLimitReached: Too many channels ({} on one connection)", self.channels.limit));
+        }
+        if join.private {
+            return Err("Unauthorized: private channels are not available in this version of Walcast".into());
+        }
+        Ok(())
+    }
+
+    /// The connection's own key, and keys of the form `sb_…`, mean: what the connection was opened with.
+    fn token_or_key(&self, token: Option<&str>) -> String {
+        match token {
+            Some(token) if !token.is_empty() && !token.starts_with("sb_") => token.to_owned(),
+            _ => self.key.clone(),
+        }
+    }
+
+    fn refuse(&self, frame: &Inbound, reason: &str) {
+        metrics::counter!("walcast_joins_refused_total").increment(1);
+        self.answer(frame, "error", json!({ "reason": reason }));
+    }
+}
+
+/// In the client's order, each as it was sent, with its id.
+fn echoes(join: &Join) -> Vec<Value> {
+    let echo = |binding: &walcast_protocol::join::RawBinding| {
+        let mut echo = binding.echo.clone();
+        echo.insert("id".into(), binding.id().into());
+        Value::Object(echo)
+    };
+    join.bindings.iter().map(echo).collect()
+}
+
+fn reason_of(error: &SubscribeError) -> String {
+    let code = if error.is_away() { "UnableToConnectToProject" } else { "RealtimeDisabledForConfiguration" };
+    format!("{code}: {error}")
+}

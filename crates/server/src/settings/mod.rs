@@ -1,0 +1,196 @@
+//! Every setting of the program, as plain typed values. Read once at start; nothing changes them afterwards.
+//!
+//! One [`table`] holds key, type, default and help of each; flags, environment, file and the reference page follow
+//! from it. Order: default < file < environment < flag. What is not in the table is an error with a suggestion.
+
+mod error;
+mod file;
+mod layers;
+mod reference;
+mod resolved;
+mod secret;
+pub mod table;
+mod value;
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+
+pub use error::{SettingsError, SettingsErrors};
+pub use layers::{Effective, Inputs, Loaded, load};
+pub use reference::reference;
+pub use secret::Secret;
+pub use value::parse_time as parse_duration;
+
+use resolved::Resolved;
+
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub database: DatabaseSettings,
+    pub server: ServerSettings,
+    pub auth: AuthSettings,
+    pub cache: CacheSettings,
+    pub queries: QueriesSettings,
+    pub stream: StreamSettings,
+    pub realtime: RealtimeSettings,
+    pub log: LogSettings,
+}
+
+#[derive(Debug, Clone)]
+pub struct DatabaseSettings {
+    pub url: Option<Secret>,
+    pub max_connections: u64,
+    pub statement_timeout: Duration,
+    pub slot: String,
+    pub publication_cache: String,
+    pub publication_realtime: String,
+}
+
+#[derive(Debug, Clone)]
+pub struct ServerSettings {
+    pub listen: SocketAddr,
+    pub max_connections: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct AuthSettings {
+    pub jwt_secret: Option<Secret>,
+    pub allowed_roles: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct CacheSettings {
+    pub l1_bytes: u64,
+    pub max_value_bytes: u64,
+    pub default_ttl: Duration,
+    /// Only namespaces that the file names exist.
+    pub strict: bool,
+    pub max_staleness: Duration,
+    pub l2: bool,
+    pub deaf: Deaf,
+    pub namespaces: BTreeMap<String, NamespaceSettings>,
+}
+
+/// What is answered while the stream has not been heard for `cache.max_staleness`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deaf {
+    /// Cached values, marked stale.
+    Stale,
+    /// What the source says now.
+    Compute,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamespaceSettings {
+    /// None: `cache.default_ttl`.
+    pub ttl: Option<Duration>,
+    pub source: NamespaceSource,
+    /// Empty: `service_role` alone.
+    pub roles: Vec<String>,
+    pub serve_stale: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NamespaceSource {
+    /// Values come from this database: storing one takes a ticket.
+    Database,
+    /// Values come from elsewhere: TTL and tags only.
+    External,
+}
+
+#[derive(Debug, Clone)]
+pub struct QueriesSettings {
+    pub dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone)]
+pub struct StreamSettings {
+    pub acknowledge_after: Duration,
+    pub acknowledge_bytes: u64,
+    pub replay_bytes: u64,
+    pub settle_timeout: Duration,
+    pub settle_bytes: u64,
+    pub transaction_bytes: u64,
+    pub heartbeat: Duration,
+    pub intake_events: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct RealtimeSettings {
+    pub outbox_bytes: u64,
+    pub max_topics_per_connection: u64,
+    pub max_frame_bytes: u64,
+}
+
+#[derive(Debug, Clone)]
+pub struct LogSettings {
+    pub format: LogFormat,
+    /// As in `info,walcast_wal=debug`.
+    pub level: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Settings {
+    /// Takes each key of the table once; a test holds both to each other.
+    fn from_resolved(from: &mut Resolved, namespaces: BTreeMap<String, NamespaceSettings>) -> Settings {
+        Settings {
+            database: DatabaseSettings {
+                url: from.secret("database.url"),
+                max_connections: from.number("database.max_connections"),
+                statement_timeout: from.time("database.statement_timeout"),
+                slot: from.text("database.slot"),
+                publication_cache: from.text("database.publication_cache"),
+                publication_realtime: from.text("database.publication_realtime"),
+            },
+            server: ServerSettings { listen: from.address("server.listen"), max_connections: from.number("server.max_connections") },
+            auth: AuthSettings { jwt_secret: from.secret("auth.jwt_secret"), allowed_roles: from.list("auth.allowed_roles") },
+            cache: CacheSettings {
+                l1_bytes: from.number("cache.l1_bytes"),
+                max_value_bytes: from.number("cache.max_value_bytes"),
+                default_ttl: from.time("cache.default_ttl"),
+                strict: from.flag("cache.strict"),
+                max_staleness: from.time("cache.max_staleness"),
+                l2: from.flag("cache.l2"),
+                deaf: if from.text("cache.deaf") == "compute" { Deaf::Compute } else { Deaf::Stale },
+                namespaces,
+            },
+            queries: QueriesSettings { dir: from.optional_text("queries.dir").map(PathBuf::from) },
+            stream: StreamSettings {
+                acknowledge_after: from.time("stream.acknowledge_after"),
+                acknowledge_bytes: from.number("stream.acknowledge_bytes"),
+                replay_bytes: from.number("stream.replay_bytes"),
+                settle_timeout: from.time("stream.settle_timeout"),
+                settle_bytes: from.number("stream.settle_bytes"),
+                transaction_bytes: from.number("stream.transaction_bytes"),
+                heartbeat: from.time("stream.heartbeat"),
+                intake_events: from.number("stream.intake_events"),
+            },
+            realtime: RealtimeSettings {
+                outbox_bytes: from.number("realtime.outbox_bytes"),
+                max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
+                max_frame_bytes: from.number("realtime.max_frame_bytes"),
+            },
+            log: LogSettings {
+                format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },
+                level: from.text("log.level"),
+            },
+        }
+    }
+}
+
+impl NamespaceSettings {
+    fn from_resolved(from: &mut Resolved) -> NamespaceSettings {
+        NamespaceSettings {
+            ttl: from.optional_time("ttl"),
+            source: if from.text("source") == "external" { NamespaceSource::External } else { NamespaceSource::Database },
+            roles: from.list("roles"),
+            serve_stale: from.flag("serve_stale"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

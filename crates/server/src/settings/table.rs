@@ -1,0 +1,107 @@
+//! The one list of all settings. A new setting is a line here and a field of `Settings`.
+
+use super::value::Kind;
+
+pub struct Setting {
+    pub key: &'static str,
+    pub kind: Kind,
+    /// As one would write it in the environment; empty: not set.
+    pub default: &'static str,
+    pub example: &'static str,
+    pub help: &'static str,
+    /// Never shown, and read from a file by `…_FILE`.
+    pub secret: bool,
+}
+
+/// What an environment variable of another name than the rule's means.
+pub const FIXED_ENV: &[(&str, &str)] =
+    &[("WALCAST_DATABASE_URL", "database.url"), ("WALCAST_LISTEN", "server.listen"), ("WALCAST_JWT_SECRET", "auth.jwt_secret")];
+
+/// Flags with a shorter name beside the rule's.
+pub const FIXED_FLAGS: &[(&str, &str)] = &[("database-url", "database.url"), ("listen", "server.listen")];
+
+/// Used where no `WALCAST_DATABASE_URL` is: what platforms set by themselves.
+pub const FALLBACK_ENV: (&str, &str) = ("DATABASE_URL", "database.url");
+
+/// Variables of the process that are no settings. A trailing `*` stands for any ending.
+pub const PROCESS_ENV: &[&str] = &["WALCAST_CONFIG", "WALCAST_PG_BIN", "WALCAST_DEV_DIR", "WALCAST_LOG", "WALCAST_TEST_*"];
+
+const fn setting(key: &'static str, kind: Kind, default: &'static str, example: &'static str, help: &'static str) -> Setting {
+    Setting { key, kind, default, example, help, secret: false }
+}
+
+const fn secret(key: &'static str, kind: Kind, example: &'static str, help: &'static str) -> Setting {
+    Setting { key, kind, default: "", example, help, secret: true }
+}
+
+const COUNT: Kind = Kind::Number { least: 1, most: 1_000_000_000 };
+const BYTES: Kind = Kind::Bytes { least: 1 };
+const TIME: Kind = Kind::Time { least_ms: 1 };
+
+pub const SETTINGS: &[Setting] = &[
+    secret("database.url", Kind::Url, "postgresql://walcast:password@localhost:5432/app", "The PostgreSQL server itself, not a pooler. For `serve` the role that `migrate` makes, for `migrate` an administrator"),
+    setting("database.max_connections", Kind::Number { least: 4, most: 10_000 }, "12", "12", "All connections that Walcast may open, replication included"),
+    setting("database.statement_timeout", TIME, "5s", "5s", "Longest run of one statement"),
+    setting("database.slot", Kind::SlotName, "walcast", "walcast", "Replication slot; `serve` makes it"),
+    setting("database.publication_cache", Kind::Text, "walcast", "walcast", "Publication that feeds the cache; `migrate` makes it"),
+    setting("database.publication_realtime", Kind::Text, "supabase_realtime", "supabase_realtime", "Publication whose tables clients may subscribe to; `migrate` makes it"),
+    setting("server.listen", Kind::Address, "127.0.0.1:4000", "0.0.0.0:4000", "Address and port for HTTP and WebSocket"),
+    setting("server.max_connections", COUNT, "10000", "10000", "Open client connections; more are answered 503"),
+    secret("auth.jwt_secret", Kind::Text, "at least 32 random bytes", "Secret that tokens are signed with (HS256, HS384, HS512)"),
+    setting("auth.allowed_roles", Kind::List, "anon,authenticated,service_role", "anon,authenticated", "Database roles that a token may name"),
+    setting("cache.l1_bytes", BYTES, "64MiB", "256MiB", "Memory for cached values"),
+    setting("cache.max_value_bytes", BYTES, "1MiB", "1MiB", "Largest value that is cached"),
+    setting("cache.default_ttl", TIME, "5m", "5m", "Life of an entry whose writer and namespace say nothing"),
+    setting("cache.strict", Kind::Flag, "false", "true", "Only namespaces that the file names exist"),
+    setting("cache.max_staleness", TIME, "5s", "5s", "Without news from the stream for this long, nothing is answered as fresh"),
+    setting("cache.l2", Kind::Flag, "true", "false", "Keep values in PostgreSQL too, so that they survive a restart"),
+    setting("cache.deaf", Kind::Choice(&["stale", "compute"]), "stale", "compute", "Past max_staleness: answer marked stale, or compute each time"),
+    setting("queries.dir", Kind::Text, "", "queries", "Folder of named SQL queries"),
+    setting("stream.acknowledge_after", TIME, "60s", "60s", "How far behind the applied position the slot is acknowledged: the stretch that cursors survive a restart by"),
+    setting("stream.acknowledge_bytes", BYTES, "256MiB", "256MiB", "The same in bytes of WAL; the smaller one counts, and never more than a tenth of max_slot_wal_keep_size"),
+    setting("stream.replay_bytes", BYTES, "64MiB", "64MiB", "Memory for changes that reconnecting clients may replay"),
+    setting("stream.settle_timeout", TIME, "30s", "30s", "Longest wait for a commit to become visible before subscribers are told to resync"),
+    setting("stream.settle_bytes", BYTES, "64MiB", "64MiB", "Memory for commits that are not yet visible"),
+    setting("stream.transaction_bytes", BYTES, "64MiB", "64MiB", "Memory for the changes of one transaction; a larger one touches whole tables"),
+    setting("stream.heartbeat", TIME, "1s", "1s", "How often Walcast writes a message to hear itself"),
+    setting("stream.intake_events", COUNT, "8192", "8192", "Messages between the decoder and the pipeline; when full the decoder waits"),
+    setting("realtime.outbox_bytes", BYTES, "4MiB", "4MiB", "Unsent bytes of one client; when full it is closed and may resume"),
+    setting("realtime.max_topics_per_connection", COUNT, "100", "100", "Topics that one connection may join"),
+    setting("realtime.max_frame_bytes", BYTES, "5000000", "5MB", "Largest frame that a client may send"),
+    setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
+    setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),
+];
+
+/// Keys of each `[cache.namespaces.NAME]`; only the file has them.
+pub const NAMESPACE: &[Setting] = &[
+    setting("ttl", TIME, "", "10m", "Life of an entry whose writer says nothing"),
+    setting("source", Kind::Choice(&["database", "external"]), "database", "external", "Where values come from: `database` takes a ticket to store, `external` has TTL and tags only"),
+    setting("roles", Kind::List, "", "[\"authenticated\"]", "Roles besides `service_role` that may use it"),
+    setting("serve_stale", Kind::Flag, "false", "true", "May an invalidated entry be answered, marked stale, when computing fails"),
+];
+
+impl Setting {
+    pub fn find(key: &str) -> Option<&'static Setting> {
+        SETTINGS.iter().find(|setting| setting.key == key)
+    }
+
+    /// `WALCAST_CACHE__L1_BYTES`, or the fixed name.
+    pub fn env(&self) -> String {
+        let fixed = FIXED_ENV.iter().find(|(_, key)| *key == self.key).map(|(name, _)| (*name).to_owned());
+        fixed.unwrap_or_else(|| self.nested_env())
+    }
+
+    /// The rule's name, which holds beside a fixed one.
+    pub fn nested_env(&self) -> String {
+        format!("WALCAST_{}", self.key.replace('.', "__").to_uppercase())
+    }
+
+    /// `cache.l1-bytes`, without the dashes before it.
+    pub fn flag(&self) -> String {
+        self.key.replace('_', "-")
+    }
+
+    pub fn short_flag(&self) -> Option<&'static str> {
+        FIXED_FLAGS.iter().find(|(_, key)| *key == self.key).map(|(name, _)| *name)
+    }
+}
