@@ -58,7 +58,8 @@ pub struct ClusterConfig {
     pub data_dir: PathBuf,
     /// `None`: chosen once and kept; a new one if a stranger took it meanwhile.
     pub port: Option<u16>,
-    /// Server settings, as in postgresql.conf. `ALTER SYSTEM` overrides them.
+    /// Server settings, as in postgresql.conf, beside `wal_level=logical`; of two equal names the later
+    /// wins, and `ALTER SYSTEM` wins over both.
     pub settings: Vec<(String, String)>,
     pub superuser: String,
     pub access: Access,
@@ -68,13 +69,13 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
-    /// Password, synced, a kept port, `wal_level=logical`: what `walcast dev` wants.
+    /// Password, synced, a kept port, a bound on what a forgotten slot holds back: what `walcast dev` wants.
     pub fn new(binaries: Binaries, data_dir: impl Into<PathBuf>) -> ClusterConfig {
         ClusterConfig {
             binaries,
             data_dir: data_dir.into(),
             port: None,
-            settings: Vec::new(),
+            settings: vec![("max_slot_wal_keep_size".to_owned(), "2GB".to_owned())],
             superuser: "postgres".to_owned(),
             access: Access::Password,
             durability: Durability::Synced,

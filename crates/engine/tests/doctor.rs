@@ -80,7 +80,11 @@ async fn serve_is_refused_with_the_missing_right() -> anyhow::Result<()> {
         ("alter role authenticated bypassrls", "roles", "alter role authenticated nobypassrls"),
         ("revoke usage on schema walcast from walcast", "walcast_schema", "grant usage on schema walcast to walcast"),
         ("revoke delete on walcast.clock from walcast", "walcast_schema", "grant delete on walcast.clock to walcast"),
-        ("alter publication walcast set (publish = 'insert')", "publications", "alter publication walcast set (publish = 'insert, update, delete, truncate')"),
+        (
+            "alter publication walcast set (publish = 'insert')",
+            "publications",
+            "alter publication walcast set (publish = 'insert, update, delete, truncate')",
+        ),
     ] {
         server.execute(break_it).await?;
         let refusal = before_serve(&server.connect_as("walcast").await?, &expectations()).await.unwrap_err();
@@ -111,7 +115,9 @@ async fn publications_that_harm_are_named_with_their_cure() -> anyhow::Result<()
     server.execute(&mend(&findings, "publication_conflicts")).await?;
     assert_eq!(at(&check(Some(&url), &expectations()).await, "publication_conflicts"), Level::Ok);
 
-    server.execute("alter publication walcast drop table patients; alter publication walcast add table patients where (id > 5)").await?;
+    server
+        .execute("alter publication walcast drop table patients; alter publication walcast add table patients where (id > 5)")
+        .await?;
     assert_eq!(at(&check(Some(&url), &expectations()).await, "publication_conflicts"), Level::Fail);
     Ok(())
 }
@@ -133,7 +139,8 @@ async fn the_slot_is_looked_at() -> anyhow::Result<()> {
 async fn no_database_is_one_clear_line() {
     let findings = check(None, &expectations()).await;
     assert_eq!(at(&findings, "connection"), Level::Fail);
-    let findings = check(Some("postgresql://me:s3cret@127.0.0.1:1/x"), &Expectations { jwt_secret_bytes: None, ..expectations() }).await;
+    let findings =
+        check(Some("postgresql://me:s3cret@127.0.0.1:1/x"), &Expectations { jwt_secret_bytes: None, ..expectations() }).await;
     assert_eq!(at(&findings, "connection"), Level::Fail);
     assert_eq!(at(&findings, "jwt_secret"), Level::Fail);
     assert!(!format!("{findings:?}").contains("s3cret"));

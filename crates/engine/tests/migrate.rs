@@ -48,7 +48,8 @@ async fn published(client: &Client) -> anyhow::Result<Vec<String>> {
 }
 
 fn psql(url: &str, sql: &str) -> anyhow::Result<()> {
-    let mut child = std::process::Command::new("psql").args(["-X", "-q", url]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child =
+        std::process::Command::new("psql").args(["-X", "-q", url]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     if let Some(mut input) = child.stdin.take() {
         input.write_all(sql.as_bytes())?;
     }
@@ -116,7 +117,9 @@ async fn the_operator_narrows_what_is_published() -> anyhow::Result<()> {
     let misspelt = MigrateOptions { tables: vec!["log".into()], ..MigrateOptions::default() };
     let error = migrate(&server.url(), &misspelt).await.unwrap_err();
     assert_eq!((error.code(), error.hint().unwrap().as_str()), ("unknown_table", "did you mean `audit.log`?"));
-    let error = migrate(&server.url(), &MigrateOptions { schemas: vec!["audits".into()], ..MigrateOptions::default() }).await.unwrap_err();
+    let error = migrate(&server.url(), &MigrateOptions { schemas: vec!["audits".into()], ..MigrateOptions::default() })
+        .await
+        .unwrap_err();
     assert_eq!(error.code(), "unknown_schema");
     Ok(())
 }
@@ -153,7 +156,8 @@ async fn what_exists_stays_as_it_is() -> anyhow::Result<()> {
 #[tokio::test]
 async fn the_printed_sql_through_psql_gives_the_same_database() -> anyhow::Result<()> {
     let (by_us, by_hand, blind) = tokio::try_join!(TestPostgres::start(), TestPostgres::start(), TestPostgres::start())?;
-    let options = MigrateOptions { publication_cache: "my cache".into(), serve_role: "it's me".into(), ..MigrateOptions::default() };
+    let options =
+        MigrateOptions { publication_cache: "my cache".into(), serve_role: "it's me".into(), ..MigrateOptions::default() };
     for server in [&by_us, &by_hand] {
         server.execute(CLINIC).await?;
     }
@@ -162,7 +166,10 @@ async fn the_printed_sql_through_psql_gives_the_same_database() -> anyhow::Resul
     psql(&by_hand.url(), &sql)?;
     assert_eq!(shape(&by_hand.connect().await?).await?, shape(&by_us.connect().await?).await?);
     let nothing_left = print(Some(&by_us.url()), &options).await?;
-    assert!(!nothing_left.contains("create table") && !nothing_left.contains("add table only \"public\".\"patients\""), "{nothing_left}");
+    assert!(
+        !nothing_left.contains("create table") && !nothing_left.contains("add table only \"public\".\"patients\""),
+        "{nothing_left}"
+    );
 
     // Without a URL it prints what is the same everywhere, and running it twice does no harm.
     let static_sql = print(None, &MigrateOptions::default()).await?;
@@ -195,15 +202,32 @@ async fn p10_the_serve_role_has_its_rights_and_no_others() -> anyhow::Result<()>
     server.execute("grant select on patients to anon").await?;
     let walcast = server.connect_as("walcast").await?;
     walcast.batch_execute("insert into walcast.state (epoch) values ('0a1b2c3d'); update walcast.state set floor = 2; delete from walcast.state").await?;
-    walcast.batch_execute("select pg_create_logical_replication_slot('walcast', 'pgoutput'); select pg_drop_replication_slot('walcast')").await?;
+    walcast
+        .batch_execute(
+            "select pg_create_logical_replication_slot('walcast', 'pgoutput'); select pg_drop_replication_slot('walcast')",
+        )
+        .await?;
     for role in ["anon", "authenticated", "service_role"] {
-        walcast.batch_execute(&format!("begin; set local role {role}; select auth.uid(), auth.jwt(), auth.role(), auth.email(); rollback")).await?;
+        walcast
+            .batch_execute(&format!(
+                "begin; set local role {role}; select auth.uid(), auth.jwt(), auth.role(), auth.email(); rollback"
+            ))
+            .await?;
     }
-    for refused in ["select * from patients", "create table mine (i int)", "create table walcast.mine (i int)", "delete from walcast.migrations", "alter publication walcast drop table patients", "create role other"] {
+    for refused in [
+        "select * from patients",
+        "create table mine (i int)",
+        "create table walcast.mine (i int)",
+        "delete from walcast.migrations",
+        "alter publication walcast drop table patients",
+        "create role other",
+    ] {
         assert!(walcast.batch_execute(refused).await.is_err(), "{refused}");
     }
     walcast.batch_execute("begin; set local role anon; select * from patients; rollback").await?;
-    for forbidden in ["set role anon; select * from walcast.state", "reset role; set role service_role; select * from walcast.cache_entries"] {
+    for forbidden in
+        ["set role anon; select * from walcast.state", "reset role; set role service_role; select * from walcast.cache_entries"]
+    {
         assert!(walcast.batch_execute(forbidden).await.is_err(), "{forbidden}");
     }
     Ok(())
@@ -216,7 +240,11 @@ async fn policies_read_the_claims() -> anyhow::Result<()> {
     let client = server.connect().await?;
     const ASK: &str = "select concat_ws(' ', auth.uid(), auth.role(), auth.email(), auth.jwt() ->> 'x')";
     let id = "11111111-1111-4111-8111-111111111111";
-    client.batch_execute(&format!("set \"request.jwt.claims\" = '{{\"sub\":\"{id}\",\"role\":\"authenticated\",\"email\":\"a@b\",\"x\":\"1\"}}'")).await?;
+    client
+        .batch_execute(&format!(
+            "set \"request.jwt.claims\" = '{{\"sub\":\"{id}\",\"role\":\"authenticated\",\"email\":\"a@b\",\"x\":\"1\"}}'"
+        ))
+        .await?;
     assert_eq!(client.query_one(ASK, &[]).await?.get::<_, String>(0), format!("{id} authenticated a@b 1"));
     client.batch_execute(&format!("set \"request.jwt.claims\" = ''; set \"request.jwt.claim.sub\" = '{id}'")).await?;
     assert_eq!(client.query_one(ASK, &[]).await?.get::<_, String>(0), id);

@@ -57,7 +57,8 @@ fn insert(known: &mut Known, name: &str, relation: KnownRelation) {
 
 fn clinic() -> Known {
     let mut known = Known::default();
-    let abc = [("id", "int8", true), ("k", "int8", true), ("plain", "int4", false), ("f", "float8", false), ("name", "text", true)];
+    let abc =
+        [("id", "int8", true), ("k", "int8", true), ("plain", "int4", false), ("f", "float8", false), ("name", "text", true)];
     for name in ["a", "b", "c"] {
         table(&mut known, name, &abc, vec![]);
     }
@@ -123,7 +124,10 @@ fn a_column_equal_to_a_constant() {
 
 #[test]
 fn what_casts_postgresql_prints_do_not_matter_and_others_do() {
-    check("select * from patients where (tenant)::text = (auth.jwt() ->> 'tenant'::text)", "patients:tenant=auth.jwt() ->> 'tenant'::TEXT");
+    check(
+        "select * from patients where (tenant)::text = (auth.jwt() ->> 'tenant'::text)",
+        "patients:tenant=auth.jwt() ->> 'tenant'::TEXT",
+    );
     check("select * from a where id::text = $5", "a");
     check("select * from a where id::int4 = $1", "a");
     check("select * from a where id::float8 = $4", "a");
@@ -154,7 +158,10 @@ fn traps_of_a_single_table() {
     check("select * from a where case when true then id = $1 end", "a");
     check("select * from a where id = current_setting('my.id')::bigint", "a");
     check("select * from a where id = random()", "a");
-    check("select * from a tablesample system (10) where id = 1", "given up: `a TABLESAMPLE SYSTEM (10)` in FROM is not understood");
+    check(
+        "select * from a tablesample system (10) where id = 1",
+        "given up: `a TABLESAMPLE SYSTEM (10)` in FROM is not understood",
+    );
 }
 
 #[test]
@@ -186,7 +193,10 @@ fn on_of_an_outer_join_narrows_only_the_nullable_side() {
     check("select * from a left join (b join c on b.id = c.id) on b.id = a.id where a.id = $1", "a:id=$1 b:id=$1 c:id=$1");
     check("select * from a left join b using (id) where id = $1", "a:id=$1 b:id=$1");
     check("select * from a full join b using (id) where id = $1", "a b");
-    check("select * from a left join lateral (select count(*) from b where b.k = a.id) x on true where a.id = $1", "a:id=$1 b:k=$1");
+    check(
+        "select * from a left join lateral (select count(*) from b where b.k = a.id) x on true where a.id = $1",
+        "a:id=$1 b:k=$1",
+    );
 }
 
 #[test]
@@ -245,7 +255,10 @@ fn derived_tables_and_ctes_hand_columns_through() {
     check("with x as (select * from a) select * from x where id = $1 union all select * from x", "a");
     check("with a as (select * from a where id = $1) select * from a", "a:id=$1");
     check("with x as materialized (select * from a where id = $1) select * from b join x on x.id = b.k", "a:id=$1 b:k=$1");
-    check("select * from a where id = $1 and exists (with y as (select * from b where b.k = a.id) select 1 from y)", "a:id=$1 b:k=$1");
+    check(
+        "select * from a where id = $1 and exists (with y as (select * from b where b.k = a.id) select 1 from y)",
+        "a:id=$1 b:k=$1",
+    );
 }
 
 #[test]
@@ -254,7 +267,10 @@ fn a_recursive_cte_narrows_only_what_it_states_itself() {
         "with recursive t as (select id, k from a where id = $1 union all select a.id, a.k from a join t on a.k = t.id) select * from t",
         "a",
     );
-    check("with recursive t as (select k as id from a where id = $1 union all select b.id from t, b where b.k = 5) select * from t where id = 3", "a:id=$1 b:k=5");
+    check(
+        "with recursive t as (select k as id from a where id = $1 union all select b.id from t, b where b.k = 5) select * from t where id = 3",
+        "a:id=$1 b:k=5",
+    );
 }
 
 #[test]
@@ -269,7 +285,10 @@ fn a_cte_means_its_names_where_it_stands() {
 #[test]
 fn a_condition_sees_only_its_own_join() {
     // `id` in ON is not z's, which stands beside the join.
-    check("select 1 from a where exists (select 1 from (select k from b) x join (select k as kk from b) y on x.k = name::int, c z where z.id = $1)", "a b c:id=$1");
+    check(
+        "select 1 from a where exists (select 1 from (select k from b) x join (select k as kk from b) y on x.k = name::int, c z where z.id = $1)",
+        "a b c:id=$1",
+    );
 }
 
 #[test]
@@ -289,7 +308,10 @@ fn policies_read_tables_too_and_narrow_their_own() {
     let own = "(patient_id in (select patients.id from public.patients where (patients.user_id = auth.uid()))) or (exists (select 1 \
                from (public.b join public.c on ((c.id = b.id))) where ((b.k = vitals.patient_id) and (c.k = 5))))";
     table(&mut known, "vitals", &vitals, vec![policy(true, own)]);
-    assert_eq!(found(&known, "select * from vitals v where v.patient_id = $1"), "b:k=$1 c:k=5 patients:id=$1 vitals:patient_id=$1");
+    assert_eq!(
+        found(&known, "select * from vitals v where v.patient_id = $1"),
+        "b:k=$1 c:k=5 patients:id=$1 vitals:patient_id=$1"
+    );
     assert_eq!(found(&known, "select * from vitals"), "b c:k=5 patients:user_id=auth.uid() vitals");
 
     table(&mut known, "mine", &vitals, vec![policy(true, "patient_id = 3")]);

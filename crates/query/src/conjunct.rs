@@ -53,7 +53,8 @@ impl Analyser<'_> {
                 self.gather(left, scope, found);
                 self.gather(right, scope, found);
             }
-            Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => match (self.column(left, scope), self.column(right, scope)) {
+            Expr::BinaryOp { left, op: BinaryOperator::Eq, right } => match (self.column(left, scope), self.column(right, scope))
+            {
                 (Some(a), Some(b)) => found.push(Equality::Columns(a, b)),
                 (Some(column), None) => self.bind(column, &[&**right], found),
                 (None, Some(column)) => self.bind(column, &[&**left], found),

@@ -45,7 +45,9 @@ pub(crate) fn constant(expr: &Expr, params: ParamTypes) -> Option<Constant> {
             _ => None,
         },
         Expr::UnaryOp { op: UnaryOperator::Minus, expr: inner } => match &**inner {
-            Expr::Value(_) => constant(inner, params).filter(|c| c.family == Some(Family::Int)).and_then(|_| typed(Some(Family::Int))),
+            Expr::Value(_) => {
+                constant(inner, params).filter(|c| c.family == Some(Family::Int)).and_then(|_| typed(Some(Family::Int)))
+            }
             _ => None,
         },
         Expr::Cast { kind: CastKind::Cast | CastKind::DoubleColon, expr: inner, data_type, format: None } => {
@@ -79,7 +81,10 @@ fn fixed(expr: &Expr, params: ParamTypes) -> bool {
         }
         Expr::Value(value) => {
             use Value::{Boolean, EscapedStringLiteral, Null, Number, Placeholder, SingleQuotedString};
-            matches!(&value.value, Placeholder(_) | SingleQuotedString(_) | EscapedStringLiteral(_) | Number(..) | Boolean(_) | Null)
+            matches!(
+                &value.value,
+                Placeholder(_) | SingleQuotedString(_) | EscapedStringLiteral(_) | Number(..) | Boolean(_) | Null
+            )
         }
         Expr::BinaryOp { left, op, right } => {
             use BinaryOperator::{Arrow, HashArrow, HashLongArrow, LongArrow};
@@ -153,7 +158,8 @@ pub(crate) fn only_expression(query: &Query) -> Option<&Expr> {
     let SetExpr::Select(select) = &*query.body else { return None };
     let plain_query = query.with.is_none() && query.limit_clause.is_none() && query.fetch.is_none() && query.order_by.is_none();
     let ungrouped = matches!(&select.group_by, GroupByExpr::Expressions(by, with) if by.is_empty() && with.is_empty());
-    let plain_select = select.from.is_empty() && select.selection.is_none() && select.having.is_none() && select.distinct.is_none();
+    let plain_select =
+        select.from.is_empty() && select.selection.is_none() && select.having.is_none() && select.distinct.is_none();
     match select.projection.as_slice() {
         [SelectItem::UnnamedExpr(expr) | SelectItem::ExprWithAlias { expr, .. }] if plain_query && plain_select && ungrouped => {
             Some(expr)

@@ -12,8 +12,20 @@ pub(crate) struct Explained {
 
 /// Keys whose strings are names or words of EXPLAIN itself.
 const NO_EXPRESSION: [&str; 14] = [
-    "Node Type", "Relation Name", "Schema", "Alias", "Index Name", "Parent Relationship", "Join Type", "Strategy", "Scan Direction",
-    "Command", "Subplan Name", "CTE Name", "Partial Mode", "Cache Mode",
+    "Node Type",
+    "Relation Name",
+    "Schema",
+    "Alias",
+    "Index Name",
+    "Parent Relationship",
+    "Join Type",
+    "Strategy",
+    "Scan Direction",
+    "Command",
+    "Subplan Name",
+    "CTE Name",
+    "Partial Mode",
+    "Cache Mode",
 ];
 
 impl Explained {
@@ -37,7 +49,8 @@ impl Explained {
                     let schema = text("Schema").map(|schema| format!("\"{schema}\".")).unwrap_or_default();
                     self.expressions.push(format!("{schema}\"{function}\"()"));
                 }
-                let inner = map.iter().filter(|(key, _)| !NO_EXPRESSION.contains(&key.as_str()) && key.as_str() != "Function Name");
+                let inner =
+                    map.iter().filter(|(key, _)| !NO_EXPRESSION.contains(&key.as_str()) && key.as_str() != "Function Name");
                 inner.for_each(|(_, value)| self.node(value));
             }
             _ => {}

@@ -81,7 +81,8 @@ impl Analyser<'_> {
             let (kind, constraint) = join_kind(&step.join_operator)?;
             let mut right_merged = HashMap::new();
             let right = self.bind_factor(&step.relation, from, &mut right_merged)?;
-            let side = |items: &[Item], merged: &HashMap<_, _>| Scope { parent: None, items: items.to_vec(), merged: merged.clone() };
+            let side =
+                |items: &[Item], merged: &HashMap<_, _>| Scope { parent: None, items: items.to_vec(), merged: merged.clone() };
             let left_scope = self.scope(side(&from.items[start..middle], &merged));
             let right_scope = self.scope(side(&from.items[middle..], &right_merged));
             merge(&mut merged, right_merged);
@@ -114,7 +115,9 @@ impl Analyser<'_> {
                     let names = |scope: ScopeId| {
                         let scope = &self.scopes[scope];
                         let open = scope.items.iter().any(|item| item.open);
-                        (!open).then(|| scope.items.iter().flat_map(|item| &item.columns).map(|(n, _)| n.clone()).collect::<Vec<_>>())
+                        (!open).then(|| {
+                            scope.items.iter().flat_map(|item| &item.columns).map(|(n, _)| n.clone()).collect::<Vec<_>>()
+                        })
                     };
                     let (Some(a), Some(b)) = (names(left_scope), names(right_scope)) else {
                         return Err(GivenUp("NATURAL JOIN with something whose columns are not known".into()));
@@ -170,7 +173,13 @@ impl Analyser<'_> {
         Some(self.scope(Scope { parent: from.parent, items: from.items.clone(), merged: HashMap::new() }))
     }
 
-    fn bind_function(&mut self, factor: &TableFactor, name: Option<&ObjectName>, alias: Option<&TableAlias>, from: &mut From) -> Node {
+    fn bind_function(
+        &mut self,
+        factor: &TableFactor,
+        name: Option<&ObjectName>,
+        alias: Option<&TableAlias>,
+        from: &mut From,
+    ) -> Node {
         let scope = self.siblings(from).unwrap_or_default();
         let place = Place { scope, env: from.env, reader: from.reader };
         let own = name.and_then(reference).map(|(_, name)| name);
@@ -253,7 +262,7 @@ impl Analyser<'_> {
                     all.extend(join.on.iter().cloned());
                     all
                 }
-                JoinKind::Left => self.collected(&join.left),
+                JoinKind::Left => { let mut all = self.collected(&join.left); all.extend(join.on.iter().cloned()); all }
                 JoinKind::Right => self.collected(&join.right),
                 JoinKind::Full => Vec::new(),
             },

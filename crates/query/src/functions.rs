@@ -25,21 +25,86 @@ const CLOCK_WORDS: [&str; 5] = ["current_date", "current_time", "current_timesta
 const CLOCK_LITERALS: [&str; 4] = ["now", "today", "tomorrow", "yesterday"];
 /// Stable, but only because of settings that are the same for all our queries, or of the role, which is in the key.
 const SETTLED: [&str; 66] = [
-    "anytextcat", "array_to_json", "array_to_string", "concat", "concat_ws", "convert", "convert_from", "convert_to", "current_database",
-    "current_schema", "current_user", "date", "date_part", "date_trunc", "enum_first", "enum_last", "enum_range", "extract", "format",
-    "format_type", "generate_series", "getdatabaseencoding", "in_range", "json_agg", "json_build_array", "json_build_object",
-    "json_object_agg", "json_populate_record", "json_populate_recordset", "json_to_record", "json_to_recordset", "jsonb_agg",
-    "jsonb_build_array", "jsonb_build_object", "jsonb_object_agg", "jsonb_populate_record", "jsonb_populate_recordset",
-    "jsonb_to_record", "jsonb_to_recordset", "json_to_tsvector", "jsonb_to_tsvector", "length", "make_timestamptz", "money", "numeric",
-    "overlaps", "phraseto_tsquery", "plainto_tsquery", "quote_literal", "quote_nullable", "row_to_json", "session_user", "textanycat",
-    "time", "timestamp", "timestamptz", "timetz", "timezone", "to_char", "to_date", "to_json", "to_jsonb", "to_number", "to_timestamp",
-    "to_tsquery", "to_tsvector",
+    "anytextcat",
+    "array_to_json",
+    "array_to_string",
+    "concat",
+    "concat_ws",
+    "convert",
+    "convert_from",
+    "convert_to",
+    "current_database",
+    "current_schema",
+    "current_user",
+    "date",
+    "date_part",
+    "date_trunc",
+    "enum_first",
+    "enum_last",
+    "enum_range",
+    "extract",
+    "format",
+    "format_type",
+    "generate_series",
+    "getdatabaseencoding",
+    "in_range",
+    "json_agg",
+    "json_build_array",
+    "json_build_object",
+    "json_object_agg",
+    "json_populate_record",
+    "json_populate_recordset",
+    "json_to_record",
+    "json_to_recordset",
+    "jsonb_agg",
+    "jsonb_build_array",
+    "jsonb_build_object",
+    "jsonb_object_agg",
+    "jsonb_populate_record",
+    "jsonb_populate_recordset",
+    "jsonb_to_record",
+    "jsonb_to_recordset",
+    "json_to_tsvector",
+    "jsonb_to_tsvector",
+    "length",
+    "make_timestamptz",
+    "money",
+    "numeric",
+    "overlaps",
+    "phraseto_tsquery",
+    "plainto_tsquery",
+    "quote_literal",
+    "quote_nullable",
+    "row_to_json",
+    "session_user",
+    "textanycat",
+    "time",
+    "timestamp",
+    "timestamptz",
+    "timetz",
+    "timezone",
+    "to_char",
+    "to_date",
+    "to_json",
+    "to_jsonb",
+    "to_number",
+    "to_timestamp",
+    "to_tsquery",
+    "to_tsvector",
 ];
-const SETTLED_PREFIXES: [&str; 6] = ["jsonb_path_", "websearch_to_", "ts_headline", "json_agg_", "jsonb_agg_", "json_object_agg_"];
+const SETTLED_PREFIXES: [&str; 6] =
+    ["jsonb_path_", "websearch_to_", "ts_headline", "json_agg_", "jsonb_agg_", "json_object_agg_"];
 /// They read whole tables by name.
 const READS_TABLES: [&str; 9] = [
-    "table_to_xml", "table_to_xml_and_xmlschema", "schema_to_xml", "schema_to_xml_and_xmlschema", "database_to_xml",
-    "database_to_xml_and_xmlschema", "query_to_xml", "cursor_to_xml", "ts_stat",
+    "table_to_xml",
+    "table_to_xml_and_xmlschema",
+    "schema_to_xml",
+    "schema_to_xml_and_xmlschema",
+    "database_to_xml",
+    "database_to_xml_and_xmlschema",
+    "query_to_xml",
+    "cursor_to_xml",
+    "ts_stat",
 ];
 
 const FUNCTIONS: &str = "
@@ -139,7 +204,13 @@ struct Function {
 
 impl Function {
     /// The names that its body calls, if that is all there is to it.
-    fn judge(&self, planned: &HashSet<String>, texts: &[String], plan: &[String], reached: &mut Reached) -> Vec<(Option<String>, String)> {
+    fn judge(
+        &self,
+        planned: &HashSet<String>,
+        texts: &[String],
+        plan: &[String],
+        reached: &mut Reached,
+    ) -> Vec<(Option<String>, String)> {
         let (schema, name) = (self.schema.as_str(), self.name.as_str());
         if CLAIMS.contains(&(schema, name)) {
             return Vec::new();

@@ -132,8 +132,7 @@ impl Gathered {
             return Ok(Vec::new());
         }
         let oid = i64::from(relation.oid);
-        let rows =
-            client.query_typed("select pg_catalog.pg_get_viewdef($1::int8::oid)", &[(&oid, Type::INT8)]).await?;
+        let rows = client.query_typed("select pg_catalog.pg_get_viewdef($1::int8::oid)", &[(&oid, Type::INT8)]).await?;
         let text: String = rows.first().and_then(|row| row.get(0)).unwrap_or_default();
         let parsed = parse_query(&text);
         let names = parsed.as_ref().and_then(|query| relations(&**query));

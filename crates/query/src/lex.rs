@@ -39,7 +39,8 @@ pub fn lex(sql: &str) -> Vec<Token> {
             '/' if next == Some('*') => at = after_comment(&chars, at),
             '\'' => {
                 // E'…' came as the word `e` just before, without a space.
-                let escapes = at > 0 && matches!(chars[at - 1], 'e' | 'E') && tokens.last().is_some_and(|t: &Token| t.is_word("e"));
+                let escapes =
+                    at > 0 && matches!(chars[at - 1], 'e' | 'E') && tokens.last().is_some_and(|t: &Token| t.is_word("e"));
                 if escapes || tokens.last().is_some_and(|t| prefix_word(t) && at > 0 && chars[at - 1].is_alphabetic()) {
                     tokens.pop();
                 }

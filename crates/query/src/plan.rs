@@ -139,7 +139,10 @@ async fn explain(client: &Client, query: &NamedQuery) -> Result<Explained, PgErr
         count => (format!(" ({})", types.join(", ")), format!(" ({})", vec!["null"; count].join(", "))),
     };
     let wrong = PgError::when(DOING);
-    client.batch_execute(&format!("prepare {name}{types} as select * from (\n{}\n) walcast_q", query.sql)).await.map_err(&wrong)?;
+    client
+        .batch_execute(&format!("prepare {name}{types} as select * from (\n{}\n) walcast_q", query.sql))
+        .await
+        .map_err(&wrong)?;
     let messages =
         client.simple_query(&format!("explain (verbose, costs off, format json) execute {name}{nulls}")).await.map_err(&wrong)?;
     client.batch_execute(&format!("deallocate {name}")).await.map_err(&wrong)?;

@@ -46,5 +46,8 @@ impl Analyser<'_> {
 /// The expressions that every visible row satisfies: the restrictive ones, and a permissive one that is alone.
 fn certain(policies: &[KnownPolicy]) -> impl Iterator<Item = &Arc<Expr>> {
     let alone = policies.iter().filter(|policy| policy.applies && policy.permissive).count() == 1;
-    policies.iter().filter(move |policy| policy.applies && (alone || !policy.permissive)).filter_map(|policy| policy.using.as_ref())
+    policies
+        .iter()
+        .filter(move |policy| policy.applies && (alone || !policy.permissive))
+        .filter_map(|policy| policy.using.as_ref())
 }

@@ -52,7 +52,8 @@ pub(crate) fn resolve(scopes: &[Scope], from: ScopeId, parts: &[String]) -> Opti
             }
             [qualifiers @ .., table, column] if qualifiers.len() <= 1 => {
                 let named = |item: &&Item| {
-                    item.alias.as_ref() == Some(table) && qualifiers.first().is_none_or(|schema| item.schema.as_ref() == Some(schema))
+                    item.alias.as_ref() == Some(table)
+                        && qualifiers.first().is_none_or(|schema| item.schema.as_ref() == Some(schema))
                 };
                 let mut found = scope.items.iter().filter(named);
                 match (found.next(), found.next()) {

@@ -179,11 +179,7 @@ impl Analyser<'_> {
         env: Option<EnvId>,
         reader: Reader,
     ) -> Result<Bound, GivenUp> {
-        let outside = |this: &mut Self| Place {
-            scope: this.scope(Scope { parent, ..Scope::default() }),
-            env,
-            reader,
-        };
+        let outside = |this: &mut Self| Place { scope: this.scope(Scope { parent, ..Scope::default() }), env, reader };
         match body {
             SetExpr::Select(select) => self.bind_select(select, query, parent, env, reader),
             SetExpr::Query(inner) => {
@@ -198,8 +194,7 @@ impl Analyser<'_> {
                 let side = |this: &mut Self, body: &SetExpr| this.deeper(|this| this.bind_body(body, &bare, parent, env, reader));
                 let (left, right) = (side(self, left)?, side(self, right)?);
                 let (outputs, open) = (left.outputs.clone(), left.open);
-                let mut bound =
-                    Bound { body: Body::Both(Box::new(left), Box::new(right)), outputs, open, tail: None, place };
+                let mut bound = Bound { body: Body::Both(Box::new(left), Box::new(right)), outputs, open, tail: None, place };
                 // The other side may have other types, so not even the family is known.
                 bound.outputs.iter_mut().for_each(|(_, var)| *var = None);
                 Ok(bound)
@@ -414,7 +409,19 @@ struct Calls {
 
 /// Certainly no aggregates; every other function may be one.
 const SCALAR: [&str; 14] = [
-    "coalesce", "nullif", "greatest", "least", "lower", "upper", "concat", "length", "round", "abs", "to_char", "date_trunc", "trim",
+    "coalesce",
+    "nullif",
+    "greatest",
+    "least",
+    "lower",
+    "upper",
+    "concat",
+    "length",
+    "round",
+    "abs",
+    "to_char",
+    "date_trunc",
+    "trim",
     "format",
 ];
 
@@ -435,7 +442,8 @@ impl Visitor for Calls {
         if let Expr::Function(function) = expr {
             self.window |= function.over.is_some() && self.depth == 0;
             // An aggregate inside a sub-query may still belong to the query outside.
-            let scalar = reference(&function.name).is_some_and(|(schema, name)| schema.is_none() && SCALAR.contains(&name.as_str()));
+            let scalar =
+                reference(&function.name).is_some_and(|(schema, name)| schema.is_none() && SCALAR.contains(&name.as_str()));
             self.maybe_aggregate |= !scalar;
         }
         ControlFlow::Continue(())

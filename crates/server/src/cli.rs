@@ -1,7 +1,7 @@
 //! The command line: which commands there are, what each needs, and how it ends.
 //! Exit codes: 0 done, 1 failed, 2 not understood. Errors go to stderr as one sentence, a code and a hint.
 
-use std::{ffi::OsString, process::ExitCode};
+use std::{ffi::OsString, io::Write, process::ExitCode};
 
 use clap::{ArgAction, ArgMatches, Args, Command as Clap, FromArgMatches, Parser, Subcommand};
 
@@ -41,16 +41,22 @@ pub enum Command {
     #[command(after_help = "Needs nothing. Examples:\n  walcast dev\n  walcast dev --rate 50\n  walcast dev --reset")]
     Dev(DevArgs),
     /// Serve cache and live updates beside your database
-    #[command(after_help = "Needs: a migrated database (walcast migrate), WALCAST_DATABASE_URL for the serve role, WALCAST_JWT_SECRET.\n\
-                            Example:\n  WALCAST_DATABASE_URL=postgresql://walcast:…@db:5432/app WALCAST_JWT_SECRET_FILE=/run/secrets/jwt walcast serve")]
+    #[command(
+        after_help = "Needs: a migrated database (walcast migrate), WALCAST_DATABASE_URL for the serve role, WALCAST_JWT_SECRET.\n\
+                            Example:\n  WALCAST_DATABASE_URL=postgresql://walcast:…@db:5432/app WALCAST_JWT_SECRET_FILE=/run/secrets/jwt walcast serve"
+    )]
     Serve,
     /// Put Walcast's schema, roles and publications into a database
-    #[command(after_help = "Needs: the database URL of an administrator. Creates what is missing and touches nothing that exists.\n\
+    #[command(
+        after_help = "Needs: the database URL of an administrator. Creates what is missing and touches nothing that exists.\n\
                             Examples:\n  walcast migrate --print | less\n  walcast migrate --database-url postgresql://postgres@localhost/app\n  \
-                            walcast migrate --tables patients,audit.log")]
+                            walcast migrate --tables patients,audit.log"
+    )]
     Migrate(MigrateArgs),
     /// Look at database and settings, and say what mends what is wrong
-    #[command(after_help = "Needs: the same settings as serve. Exit code 1 if anything fails.\nExamples:\n  walcast check\n  walcast check --json")]
+    #[command(
+        after_help = "Needs: the same settings as serve. Exit code 1 if anything fails.\nExamples:\n  walcast check\n  walcast check --json"
+    )]
     Check(CheckArgs),
     /// Make a token for development
     #[command(after_help = "Needs: WALCAST_JWT_SECRET, or a running `walcast dev`. Prints only the token.\nExamples:\n  \
@@ -62,6 +68,9 @@ pub enum Command {
     #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\nExamples:\n  \
                             walcast tail --table patients\n  walcast tail --table public.orders --event UPDATE --json | jq .record")]
     Tail(TailArgs),
+    /// The keeper of dev's private PostgreSQL; `dev` starts it by itself
+    #[command(hide = true)]
+    Supervise,
     /// Show the settings in force and where each comes from
     Config(ConfigArgs),
 }
@@ -125,7 +134,7 @@ pub struct TokenArgs {
 pub struct TailArgs {
     /// `table` or `schema.table`
     #[arg(long)]
-    pub table: Option<String>,
+    pub table: String,
     /// Only these changes
     #[arg(long, value_parser = ["INSERT", "UPDATE", "DELETE", "*"], ignore_case = true)]
     pub event: Option<String>,
@@ -200,7 +209,10 @@ impl Args for SettingFlags {
 impl FromArgMatches for SettingFlags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<SettingFlags, clap::Error> {
         let given = |setting: &Setting| Some((setting.key.to_owned(), matches.get_one::<String>(setting.key)?.clone()));
-        Ok(SettingFlags { config: matches.get_one::<std::path::PathBuf>("config").cloned(), given: SETTINGS.iter().filter_map(given).collect() })
+        Ok(SettingFlags {
+            config: matches.get_one::<std::path::PathBuf>("config").cloned(),
+            given: SETTINGS.iter().filter_map(given).collect(),
+        })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -230,8 +242,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     if let Command::Config(ConfigArgs { reference: true }) = cli.command {
-        print!("{}", crate::settings::reference());
+        let _ = std::io::stdout().write_all(crate::settings::reference().as_bytes());
         return Ok(ExitCode::SUCCESS);
+    }
+    // Before the settings: a supervisor must not fail over a setting that it does not use.
+    if let Command::Supervise = cli.command {
+        return Ok(walcast_cluster::supervise());
     }
     let Loaded { settings, effective } = load(&inputs(cli.settings)?)?;
     match cli.command {
@@ -243,15 +259,18 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
             effective.iter().for_each(|line| println!("{} = {}  # {}", line.key, line.shown, line.origin));
             Ok(ExitCode::SUCCESS)
         }
-        Command::Dev(_) | Command::Serve => {
-            Err(Failure::new("not_built", "this build of walcast has the tools only, not the server").hint("use a complete build".to_owned()))
-        }
+        Command::Dev(args) => block_on(commands::dev::run(settings, args)),
+        Command::Serve => block_on(commands::serve::run(settings)),
+        Command::Supervise => Ok(walcast_cluster::supervise()),
     }
 }
 
 fn inputs(flags: SettingFlags) -> Result<Inputs, Failure> {
-    let directory = std::env::current_dir().map_err(|error| Failure::new("directory", format!("the working directory cannot be read: {error}")))?;
-    let env = std::env::vars_os().map(|(name, text)| (name.to_string_lossy().into_owned(), text.to_string_lossy().into_owned())).collect();
+    let directory = std::env::current_dir()
+        .map_err(|error| Failure::new("directory", format!("the working directory cannot be read: {error}")))?;
+    let env = std::env::vars_os()
+        .map(|(name, text)| (name.to_string_lossy().into_owned(), text.to_string_lossy().into_owned()))
+        .collect();
     Ok(Inputs { directory, env, flags: flags.given, config: flags.config })
 }
 
@@ -279,10 +298,15 @@ mod tests {
 
     #[test]
     fn settings_may_stand_before_and_after_the_command() {
-        for line in ["walcast --cache.l1-bytes 5MB serve", "walcast serve --cache.l1-bytes 5MB", "walcast serve --cache.l1-bytes=5MB"] {
+        for line in
+            ["walcast --cache.l1-bytes 5MB serve", "walcast serve --cache.l1-bytes 5MB", "walcast serve --cache.l1-bytes=5MB"]
+        {
             assert_eq!(parse(line).unwrap().settings.given, [("cache.l1_bytes".to_owned(), "5MB".to_owned())], "{line}");
         }
-        let given = parse("walcast --cache.strict serve --cache.l2=false --database-url postgresql://x --listen 0.0.0.0:1").unwrap().settings.given;
+        let given = parse("walcast --cache.strict serve --cache.l2=false --database-url postgresql://x --listen 0.0.0.0:1")
+            .unwrap()
+            .settings
+            .given;
         let keys: Vec<_> = given.iter().map(|(key, text)| format!("{key}={text}")).collect();
         assert_eq!(keys, ["database.url=postgresql://x", "server.listen=0.0.0.0:1", "cache.strict=true", "cache.l2=false"]);
         assert_eq!(parse("walcast check --config a.toml").unwrap().settings.config.unwrap().to_str(), Some("a.toml"));

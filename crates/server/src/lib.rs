@@ -4,4 +4,7 @@ pub mod cli;
 pub mod commands;
 pub mod dev_state;
 pub mod failure;
+pub mod http;
+mod log;
+pub mod running;
 pub mod settings;

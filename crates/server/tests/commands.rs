@@ -34,9 +34,20 @@ fn what_is_not_understood_ends_with_two_and_a_hint() -> anyhow::Result<()> {
     std::fs::write(directory.path().join("walcast.toml"), "[cache]\nl1_byte = 5\n")?;
     let (code, out, err) = told(&walcast(directory.path(), &["check"]).output()?);
     assert_eq!((code, out.as_str()), (2, ""));
-    assert!(err.contains("walcast.toml line 2") && err.contains("did you mean `cache.l1_bytes`?") && err.contains("[unknown_setting]"), "{err}");
+    assert!(
+        err.contains("walcast.toml line 2")
+            && err.contains("did you mean `cache.l1_bytes`?")
+            && err.contains("[unknown_setting]"),
+        "{err}"
+    );
 
-    for arguments in [&["chek"][..], &[], &["check", "--jsn"], &["token", "--expires", "soon"], &["migrate", "--tables", "a", "--schemas", "b"]] {
+    for arguments in [
+        &["chek"][..],
+        &[],
+        &["check", "--jsn"],
+        &["token", "--expires", "soon"],
+        &["migrate", "--tables", "a", "--schemas", "b"],
+    ] {
         let empty = tempfile::tempdir()?;
         let (code, out, err) = told(&walcast(empty.path(), arguments).output()?);
         assert_eq!((code, out.as_str()), (2, ""), "{arguments:?}: {err}");
@@ -51,7 +62,8 @@ fn token_prints_only_the_token() -> anyhow::Result<()> {
     assert_eq!((code, out.as_str()), (1, ""));
     assert!(err.contains("WALCAST_JWT_SECRET") && err.contains("[no_secret]"), "{err}");
 
-    let (code, out, err) = told(&walcast(directory.path(), &["token", "--sub", "u1"]).env("WALCAST_JWT_SECRET", SECRET).output()?);
+    let (code, out, err) =
+        told(&walcast(directory.path(), &["token", "--sub", "u1"]).env("WALCAST_JWT_SECRET", SECRET).output()?);
     assert_eq!((code, err.as_str()), (0, ""));
     assert_eq!((out.lines().count(), out.trim().split('.').count()), (1, 3));
     Ok(())
@@ -60,10 +72,14 @@ fn token_prints_only_the_token() -> anyhow::Result<()> {
 #[test]
 fn config_shows_where_each_value_comes_from_and_no_secret() -> anyhow::Result<()> {
     let directory = tempfile::tempdir()?;
-    let (code, out, _) = told(&walcast(directory.path(), &["config", "--cache.l1-bytes", "5MB"]).env("WALCAST_JWT_SECRET", SECRET).output()?);
+    let (code, out, _) =
+        told(&walcast(directory.path(), &["config", "--cache.l1-bytes", "5MB"]).env("WALCAST_JWT_SECRET", SECRET).output()?);
     assert_eq!(code, 0);
     assert!(out.contains("cache.l1_bytes = \"5MB\"  # flag --cache.l1-bytes"), "{out}");
-    assert!(out.contains("auth.jwt_secret = (secret)  # environment variable WALCAST_JWT_SECRET") && !out.contains(SECRET), "{out}");
+    assert!(
+        out.contains("auth.jwt_secret = (secret)  # environment variable WALCAST_JWT_SECRET") && !out.contains(SECRET),
+        "{out}"
+    );
     Ok(())
 }
 
@@ -84,7 +100,10 @@ async fn migrate_then_check_is_well() -> anyhow::Result<()> {
     assert!(out.contains("public.notes is not published") && out.contains("replica identity full"), "{out}");
 
     let check = |url: String| {
-        let output = walcast(directory.path(), &["check", "--json"]).env("DATABASE_URL", url).env("WALCAST_JWT_SECRET", SECRET).output()?;
+        let output = walcast(directory.path(), &["check", "--json"])
+            .env("DATABASE_URL", url)
+            .env("WALCAST_JWT_SECRET", SECRET)
+            .output()?;
         let (code, out, _) = told(&output);
         anyhow::Ok((code, serde_json::from_str::<serde_json::Value>(&out)?))
     };
@@ -124,7 +143,8 @@ fn tail_comes_back_with_its_last_position_and_says_resync() -> anyhow::Result<()
     let mut out = BufReader::new(out);
 
     let change = r#"{"schema":"public","table":"patients","type":"UPDATE","commit_timestamp":"2026-01-02T03:04:05Z","record":{"id":7,"name":"Bo"},"old_record":{"id":7}}"#;
-    let (socket, head) = answer(&listener, &format!("event: live\nid: e/0/1/0\ndata: {{}}\n\nevent: change\nid: e/0/2/0\ndata: {change}\n\n"))?;
+    let (socket, head) =
+        answer(&listener, &format!("event: live\nid: e/0/1/0\ndata: {{}}\n\nevent: change\nid: e/0/2/0\ndata: {change}\n\n"))?;
     assert!(head.starts_with("GET /sse/v1/changes?table=patients&event=UPDATE "), "{head}");
     assert!(head.to_lowercase().contains("authorization: bearer ey") && !head.to_lowercase().contains("last-event-id"), "{head}");
     let mut line = String::new();
@@ -132,7 +152,12 @@ fn tail_comes_back_with_its_last_position_and_says_resync() -> anyhow::Result<()
     assert_eq!(line, "03:04:05 UPDATE public.patients id=7  name=\"Bo\"\n");
     drop(socket);
 
-    let (socket, head) = answer(&listener, &format!("event: resync\nid: e/0/9/0\ndata: {{\"reason\":\"slot lost\"}}\n\nevent: change\nid: e/0/9/1\ndata: {change}\n\n"))?;
+    let (socket, head) = answer(
+        &listener,
+        &format!(
+            "event: resync\nid: e/0/9/0\ndata: {{\"reason\":\"slot lost\"}}\n\nevent: change\nid: e/0/9/1\ndata: {change}\n\n"
+        ),
+    )?;
     assert!(head.to_lowercase().contains("last-event-id: e/0/2/0"), "{head}");
     line.clear();
     out.read_line(&mut line)?;
@@ -157,7 +182,11 @@ fn tail_stops_when_it_is_refused() -> anyhow::Result<()> {
     let mut byte = [0; 1024];
     let _ = socket.read(&mut byte)?;
     let body = r#"{"title":"Unauthorized","detail":"the token's signature does not hold","code":"InvalidJWT"}"#;
-    write!(socket, "HTTP/1.1 401 Unauthorized\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
+    write!(
+        socket,
+        "HTTP/1.1 401 Unauthorized\r\ncontent-type: application/problem+json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )?;
     let (code, _, err) = told(&tail.wait_with_output()?);
     assert_eq!(code, 1);
     assert!(err.contains("signature does not hold") && err.contains("InvalidJWT") && err.contains("hint:"), "{err}");

@@ -7,6 +7,7 @@ mod template;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::proxy::Proxy;
 use anyhow::Context;
 use tempfile::TempDir;
 use tokio::task::spawn_blocking;
@@ -95,6 +96,11 @@ impl TestPostgres {
     /// No role needs a password.
     pub fn url_as(&self, role: &str, database: &str) -> String {
         format!("postgres://{role}@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// As [`TestPostgres::url`], but over a proxy that leads here.
+    pub fn url_through(&self, proxy: &Proxy) -> String {
+        format!("postgres://{SUPERUSER}@127.0.0.1:{}/postgres", proxy.port())
     }
 
     pub fn port(&self) -> u16 {

@@ -73,7 +73,7 @@ pub async fn attach(client: &mut Client, facts: &Attaching<'_>, clock: &TagClock
     let (epoch, floor, timeline) = (standing.epoch.to_string(), standing.floor.0 as i64, facts.identity.timeline);
     let system = facts.identity.system_identifier.as_str();
     let sql = "insert into walcast.state (epoch, system_identifier, timeline, slot, floor) values ($1, $2, $3, $4, $5) \
-               on conflict (only) do update set epoch = excluded.epoch, system_identifier = excluded.system_identifier, \
+               on conflict (\"only\") do update set epoch = excluded.epoch, system_identifier = excluded.system_identifier, \
                timeline = excluded.timeline, slot = excluded.slot, floor = excluded.floor, updated_at = now()";
     let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[
         (&epoch, Type::TEXT),
@@ -178,7 +178,7 @@ async fn write_sentinel(
     let (epoch, floor, covered) = (standing.epoch.to_string(), standing.floor.0 as i64, standing.covered.to_string());
     let (version, slots) = (TagHash::VERSION, clock.slot_count() as i32);
     let sql = "insert into walcast.sentinel (epoch, floor, clock_lsn, hash_version, slots, rules_hash) \
-               values ($1, $2, $3::text::pg_lsn, $4, $5, $6) on conflict (only) do update set epoch = excluded.epoch, \
+               values ($1, $2, $3::text::pg_lsn, $4, $5, $6) on conflict (\"only\") do update set epoch = excluded.epoch, \
                floor = excluded.floor, clock_lsn = excluded.clock_lsn, hash_version = excluded.hash_version, \
                slots = excluded.slots, rules_hash = excluded.rules_hash, updated_at = now()";
     let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[

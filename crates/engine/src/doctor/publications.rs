@@ -36,7 +36,8 @@ pub(super) async fn exist(client: &Client, expect: &Expectations) -> Result<Vec<
         }
         if all_tables {
             let fix = format!("drop publication {quoted};\n-- then `walcast migrate`, which lists the tables");
-            let line = format!("publication {name} is FOR ALL TABLES: a table without a replica identity refuses UPDATE and DELETE");
+            let line =
+                format!("publication {name} is FOR ALL TABLES: a table without a replica identity refuses UPDATE and DELETE");
             findings.push(Finding::warn(CHECK, line, fix));
         }
     }
@@ -53,7 +54,9 @@ pub(super) async fn tables(client: &Client, expect: &Expectations) -> Result<Vec
         let published = all.iter().filter(|table| table.published).count();
         let check = if cache { "cached_tables" } else { "realtime_tables" };
         findings.push(match (published, cache) {
-            (0, true) => Finding::warn(check, format!("publication {name} has no tables, so nothing is heard"), "walcast migrate"),
+            (0, true) => {
+                Finding::warn(check, format!("publication {name} has no tables, so nothing is heard"), "walcast migrate")
+            }
             (0, false) => Finding::warn(
                 check,
                 format!("publication {name} has no tables, so clients can subscribe to no row changes"),
@@ -67,8 +70,16 @@ pub(super) async fn tables(client: &Client, expect: &Expectations) -> Result<Vec
         }
         let unheard: Vec<String> = all.iter().filter(|t| !t.published && !t.of_platform()).map(|t| t.name()).collect();
         if cache && published > 0 && !unheard.is_empty() {
-            let line = format!("{} tables are not in {name}, so queries over them are not cached: {}", unheard.len(), shortened(&unheard));
-            findings.push(Finding::warn("unpublished_tables", line, "walcast migrate, which adds those that have a replica identity"));
+            let line = format!(
+                "{} tables are not in {name}, so queries over them are not cached: {}",
+                unheard.len(),
+                shortened(&unheard)
+            );
+            findings.push(Finding::warn(
+                "unpublished_tables",
+                line,
+                "walcast migrate, which adds those that have a replica identity",
+            ));
         }
     }
     Ok(findings)
@@ -93,12 +104,17 @@ pub(super) async fn conflicts(client: &Client, expect: &Expectations) -> Result<
             _ => "a row filter",
         };
         let (publication_sql, table_sql) = (quote_ident(publication), format!("{}.{}", quote_ident(schema), quote_ident(table)));
-        let whole = format!("alter publication {publication_sql} drop table {table_sql};\nalter publication {publication_sql} add table only {table_sql};");
+        let whole = format!(
+            "alter publication {publication_sql} drop table {table_sql};\nalter publication {publication_sql} add table only {table_sql};"
+        );
         if publication == expect.publication_cache {
             let line = format!("{schema}.{table} has {what} in {publication}: changes outside it would leave entries stale");
             findings.push(Finding::fail(CHECK, line, whole));
         } else if columns {
-            let line = format!("{schema}.{table} has {what} in {publication}, which the stream cannot join with {}: that one alone is streamed, and the narrowing is applied in Walcast", expect.publication_cache);
+            let line = format!(
+                "{schema}.{table} has {what} in {publication}, which the stream cannot join with {}: that one alone is streamed, and the narrowing is applied in Walcast",
+                expect.publication_cache
+            );
             findings.push(Finding::warn(CHECK, line, whole));
         } else {
             let line = format!("{schema}.{table} has {what} in {publication}; Walcast applies it itself");

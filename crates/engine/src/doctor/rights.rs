@@ -51,10 +51,18 @@ pub(super) async fn roles(client: &Client, allowed: &[String]) -> Result<Vec<Fin
         } else if superuser || (bypass && name != "service_role") {
             let what = if superuser { "is a superuser" } else { "bypasses row security" };
             let fix = format!("alter role {role} nosuperuser nobypassrls;\n-- or take it out of auth.allowed_roles");
-            findings.push(Finding::fail(CHECK, format!("role {name} of auth.allowed_roles {what}: whoever holds its token reads everything"), fix));
+            findings.push(Finding::fail(
+                CHECK,
+                format!("role {name} of auth.allowed_roles {what}: whoever holds its token reads everything"),
+                fix,
+            ));
         } else if !granted {
             let fix = format!("grant {role} to {};", quote_ident(login));
-            findings.push(Finding::fail(CHECK, format!("{login} may not become {name}, so no token of that role can be served"), fix));
+            findings.push(Finding::fail(
+                CHECK,
+                format!("{login} may not become {name}, so no token of that role can be served"),
+                fix,
+            ));
         }
     }
     if findings.is_empty() {
@@ -89,7 +97,9 @@ pub(super) async fn migrated(client: &Client) -> Result<Vec<Finding>, PgError> {
     let unknown = done.iter().filter(|name| !migrate::files().any(|(known, _)| known == **name)).count();
     Ok(vec![match (missing.is_empty(), unknown) {
         (true, 0) => Finding::ok(CHECK, format!("all {} migrations are applied", done.len())),
-        (true, newer) => Finding::warn(CHECK, format!("{newer} migrations come from a newer Walcast"), "run the newer Walcast everywhere"),
+        (true, newer) => {
+            Finding::warn(CHECK, format!("{newer} migrations come from a newer Walcast"), "run the newer Walcast everywhere")
+        }
         (false, _) => Finding::fail(CHECK, format!("migrations are missing: {}", missing.join(", ")), FIX),
     }])
 }

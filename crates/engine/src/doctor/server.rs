@@ -64,7 +64,10 @@ pub(super) async fn capacity(client: &Client, expect: &Expectations) -> Result<V
         false => Finding::fail(
             "replication_slots",
             format!("all {slots} replication slots are in use"),
-            format!("alter system set max_replication_slots = {};\n-- then restart PostgreSQL; or drop a slot that nobody reads: select slot_name from pg_replication_slots where not active;", slots + 5),
+            format!(
+                "alter system set max_replication_slots = {};\n-- then restart PostgreSQL; or drop a slot that nobody reads: select slot_name from pg_replication_slots where not active;",
+                slots + 5
+            ),
         ),
     };
     let (senders, senders_used) = (number(2), number(3));
@@ -99,7 +102,9 @@ fn keep_size(megabytes: i64, acknowledge_bytes: u64) -> Finding {
         ),
         limit if limit / 10 < wanted => Finding::warn(
             CHECK,
-            format!("max_slot_wal_keep_size is {limit} MB, so at most a tenth of it is held back for replay, not the {wanted} MB of stream.acknowledge_bytes"),
+            format!(
+                "max_slot_wal_keep_size is {limit} MB, so at most a tenth of it is held back for replay, not the {wanted} MB of stream.acknowledge_bytes"
+            ),
             format!("alter system set max_slot_wal_keep_size = '{}MB';\nselect pg_reload_conf();", wanted.saturating_mul(10)),
         ),
         limit => Finding::ok(CHECK, format!("max_slot_wal_keep_size is {limit} MB")),
@@ -128,7 +133,9 @@ pub(super) async fn slot(client: &Client, expect: &Expectations) -> Result<Vec<F
     Ok(vec![match (wal_status, pid) {
         ("lost", _) => Finding::warn(
             CHECK,
-            format!("slot {name} lost its WAL (it fell behind max_slot_wal_keep_size); `serve` makes a new one and every subscriber resyncs"),
+            format!(
+                "slot {name} lost its WAL (it fell behind max_slot_wal_keep_size); `serve` makes a new one and every subscriber resyncs"
+            ),
             format!("to make room now: {drop_it}"),
         ),
         (_, Some(pid)) => Finding::warn(

@@ -62,7 +62,9 @@ impl MigrateError {
             MigrateError::TooOld(_) => "upgrade the database server".into(),
             MigrateError::Standby => "give the URL of the primary".into(),
             MigrateError::UnknownTable { nearest: Some(nearest), .. } => format!("did you mean `{nearest}`?"),
-            MigrateError::UnknownTable { .. } => "ordinary and partitioned tables can be published, written as `schema.table`".into(),
+            MigrateError::UnknownTable { .. } => {
+                "ordinary and partitioned tables can be published, written as `schema.table`".into()
+            }
             MigrateError::UnknownSchema(_) => "name schemas as the catalog spells them, separated by commas".into(),
             MigrateError::Refused { sqlstate, message, statement, .. } => {
                 advice(sqlstate, message, statement.as_deref().unwrap_or_default())
@@ -108,7 +110,9 @@ fn advice(sqlstate: &str, message: &str, statement: &str) -> String {
         return "connect as the database's owner, or let the owner run: grant create on database … to …".into();
     }
     if statement.starts_with("create role") {
-        return format!("creating roles takes CREATEROLE: ask your administrator to run `{statement};`, then run `walcast migrate` again");
+        return format!(
+            "creating roles takes CREATEROLE: ask your administrator to run `{statement};`, then run `walcast migrate` again"
+        );
     }
     "connect as the database's owner or an administrator; `walcast migrate --print` shows the SQL to hand over".into()
 }

@@ -35,8 +35,26 @@ pub(crate) struct UserTable {
 
 /// Not the application's: platforms keep their own tables there.
 const PLATFORM: &[&str] = &[
-    "auth", "storage", "realtime", "_realtime", "extensions", "graphql", "graphql_public", "vault", "pgsodium", "pgsodium_masks",
-    "supabase_functions", "supabase_migrations", "net", "cron", "_analytics", "pgbouncer", "pgtle", "topology", "tiger", "tiger_data",
+    "auth",
+    "storage",
+    "realtime",
+    "_realtime",
+    "extensions",
+    "graphql",
+    "graphql_public",
+    "vault",
+    "pgsodium",
+    "pgsodium_masks",
+    "supabase_functions",
+    "supabase_migrations",
+    "net",
+    "cron",
+    "_analytics",
+    "pgbouncer",
+    "pgtle",
+    "topology",
+    "tiger",
+    "tiger_data",
 ];
 
 const TABLES: &str = "
@@ -90,7 +108,9 @@ impl UserTable {
         let table = self.quoted();
         match &self.usable_index {
             Some(index) => format!("alter table {table} replica identity using index {};", quote_ident(index)),
-            None => format!("alter table {table} add primary key (…);\n-- or, if no columns identify a row:\nalter table {table} replica identity full;"),
+            None => format!(
+                "alter table {table} add primary key (…);\n-- or, if no columns identify a row:\nalter table {table} replica identity full;"
+            ),
         }
     }
 }
@@ -134,7 +154,10 @@ pub(super) async fn plan(client: &Client, choice: &Choice<'_>) -> Result<TablePl
     }
     if !add.is_empty() && !may_alter(client, choice.publication).await? {
         advice.push(Advice {
-            sentence: format!("Publication {} belongs to another role, so no table was added. Its owner may run", choice.publication),
+            sentence: format!(
+                "Publication {} belongs to another role, so no table was added. Its owner may run",
+                choice.publication
+            ),
             sql: Some(add.iter().map(|t| format!("alter publication {publication} add table only {};\n", t.quoted())).collect()),
         });
         add.clear();

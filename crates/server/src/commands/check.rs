@@ -65,7 +65,12 @@ mod tests {
     fn each_finding_is_a_line_with_its_cure_below() {
         let findings = [
             Finding { check: "version", level: Level::Ok, line: "PostgreSQL 17".into(), fix: None },
-            Finding { check: "wal_level", level: Level::Fail, line: "wal_level is replica".into(), fix: Some("alter system …;\n-- restart".into()) },
+            Finding {
+                check: "wal_level",
+                level: Level::Fail,
+                line: "wal_level is replica".into(),
+                fix: Some("alter system …;\n-- restart".into()),
+            },
         ];
         let text = lines(&findings, false);
         assert_eq!(

@@ -1,6 +1,6 @@
 //! `walcast migrate`: puts Walcast's SQL into a database, or prints it.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use walcast_engine::migrate::{MigrateError, MigrateOptions, MigrateReport, migrate, print};
 
@@ -16,7 +16,9 @@ pub async fn run(settings: Settings, args: MigrateArgs) -> Result<ExitCode, Fail
     };
     let url = settings.database.url.as_ref().map(|url| url.expose());
     if args.print {
-        print!("{}", print(url, &options).await.map_err(failure)?);
+        let sql = print(url, &options).await.map_err(failure)?;
+        // A pager that was left early is no error.
+        let _ = std::io::stdout().write_all(sql.as_bytes());
         return Ok(ExitCode::SUCCESS);
     }
     let url = url.ok_or_else(|| {

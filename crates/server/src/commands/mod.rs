@@ -1,6 +1,8 @@
 //! One file a command. Each takes the settings and its arguments, and answers with the exit code or a failure.
 
 pub mod check;
+pub mod dev;
 pub mod migrate;
+pub mod serve;
 pub mod tail;
 pub mod token;

@@ -77,7 +77,8 @@ impl Watch {
             .connect_timeout(Duration::from_secs(10))
             .build()
             .map_err(|error| Failure::new("client", format!("no HTTP client can be made: {error}")))?;
-        let url = address(&base, args.table.as_deref(), args.event.as_deref())?;
+        let event = args.event.map(|event| event.to_uppercase());
+        let url = address(&base, &args.table, event.as_deref())?;
         Ok(Watch { client, url, token, json: args.json, painter: Painter { colour }, last_id: None })
     }
 
@@ -163,8 +164,11 @@ impl Watch {
     }
 }
 
-fn address(base: &str, table: Option<&str>, event: Option<&str>) -> Result<String, Failure> {
-    let wrong = |why: &str| Failure::usage("wrong_argument", format!("--url {base:?} {why}")).hint("for example: --url http://127.0.0.1:4000".to_owned());
+fn address(base: &str, table: &str, event: Option<&str>) -> Result<String, Failure> {
+    let wrong = |why: &str| {
+        Failure::usage("wrong_argument", format!("--url {base:?} {why}"))
+            .hint("for example: --url http://127.0.0.1:4000".to_owned())
+    };
     if base.starts_with("https://") {
         return Err(wrong("asks for TLS, which `tail` does not speak: use it beside the server or through a tunnel"));
     }
@@ -174,7 +178,7 @@ fn address(base: &str, table: Option<&str>, event: Option<&str>) -> Result<Strin
     let mut url = format!("{}/sse/v1/changes", base.trim_end_matches('/'));
     let encode = |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string();
     let mut separator = '?';
-    for (name, value) in [("table", table), ("event", event)] {
+    for (name, value) in [("table", Some(table)), ("event", event)] {
         if let Some(value) = value {
             url.push_str(&format!("{separator}{name}={}", encode(value)));
             separator = '&';
@@ -194,7 +198,8 @@ fn reachable(mut listen: std::net::SocketAddr) -> std::net::SocketAddr {
 
 async fn refused(response: reqwest::Response) -> Ended {
     let status = response.status();
-    let later = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_secs);
+    let later =
+        response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_secs);
     if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
         return Ended::Lost(format!("the server answers {status}"), later);
     }
@@ -227,10 +232,10 @@ mod tests {
 
     #[test]
     fn the_address_carries_what_was_asked() {
-        let url = address("http://h:1/", Some("audit.my log"), Some("UPDATE")).unwrap();
+        let url = address("http://h:1/", "audit.my log", Some("UPDATE")).unwrap();
         assert_eq!(url, "http://h:1/sse/v1/changes?table=audit%2Emy%20log&event=UPDATE");
-        assert!(address("https://h", None, None).is_err());
-        assert!(address("h:1", None, None).is_err());
+        assert!(address("https://h", "t", None).is_err());
+        assert!(address("h:1", "t", None).is_err());
         assert_eq!(reachable("0.0.0.0:5".parse().unwrap()).to_string(), "127.0.0.1:5");
     }
 }

@@ -90,7 +90,9 @@ mod tests {
     fn a_token_says_what_was_asked_and_its_signature_holds() {
         let claims = claims(&args(&["tenant=7", "name=Ann Lee", "app={\"a\":[1]}", "code=\"7\"", "x=a=b"])).unwrap();
         let token = mint("secret", claims, Duration::from_secs(60)).unwrap();
-        let read = |secret: &str| decode::<Map<String, Value>>(&token, &DecodingKey::from_secret(secret.as_bytes()), &Validation::new(Algorithm::HS256));
+        let read = |secret: &str| {
+            decode::<Map<String, Value>>(&token, &DecodingKey::from_secret(secret.as_bytes()), &Validation::new(Algorithm::HS256))
+        };
         assert!(read("other").is_err());
         let claims = read("secret").unwrap().claims;
         assert_eq!((claims["role"].as_str(), claims["sub"].as_str()), (Some("authenticated"), Some("u1")));

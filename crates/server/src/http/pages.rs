@@ -16,7 +16,7 @@ use crate::http::{App, refusal::Refusal};
 pub struct DemoSession(pub Value);
 
 #[derive(RustEmbed)]
-#[folder = "$CARGO_MANIFEST_DIR/../../demo/page"]
+#[folder = "../../demo/page"]
 struct DemoPage;
 
 const POLICY: &str = "default-src 'self'; connect-src 'self' ws: wss:; base-uri 'none'; frame-ancestors 'none'";

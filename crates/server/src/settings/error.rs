@@ -38,7 +38,8 @@ pub struct SettingsErrors(pub Vec<SettingsError>);
 
 impl SettingsError {
     pub fn unknown(what: &str, origin: &Origin, nearest: Option<String>) -> SettingsError {
-        let hint = nearest.map_or_else(|| "`walcast config --reference` lists all settings".into(), |name| format!("did you mean `{name}`?"));
+        let hint = nearest
+            .map_or_else(|| "`walcast config --reference` lists all settings".into(), |name| format!("did you mean `{name}`?"));
         SettingsError { code: "unknown_setting", message: format!("{origin}: there is no setting `{what}`"), hint: Some(hint) }
     }
 

@@ -1,9 +1,15 @@
 //! `walcast.toml` as a flat list of keys and raw values, each with its line. Knows nothing of which keys exist
 //! but for the shape of `[cache.namespaces.NAME]`.
 
-use toml::{Spanned, de::{DeTable, DeValue}};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
 
-use super::{error::{Origin, SettingsError}, value::Raw};
+use super::{
+    error::{Origin, SettingsError},
+    value::Raw,
+};
 
 pub struct Found {
     /// `cache.l1_bytes`; inside a namespace only the last part.

@@ -1,6 +1,9 @@
 //! Defaults, file, environment and flags laid over each other. Every mistake is collected before anyone is told.
 
-use std::{collections::{BTreeMap, HashMap}, path::{Path, PathBuf}};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+};
 
 use super::{
     NamespaceSettings, Settings, SettingsErrors,
@@ -73,7 +76,8 @@ impl Layers {
     }
 
     fn read_file(&mut self, inputs: &Inputs) {
-        let named = |name: &str| inputs.env.iter().find(|(n, v)| n == name && !v.is_empty()).map(|(_, value)| PathBuf::from(value));
+        let named =
+            |name: &str| inputs.env.iter().find(|(n, v)| n == name && !v.is_empty()).map(|(_, value)| PathBuf::from(value));
         let explicit = inputs.config.clone().or_else(|| named("WALCAST_CONFIG"));
         let path = match &explicit {
             Some(path) => inputs.directory.join(path),
@@ -84,7 +88,9 @@ impl Layers {
             Ok(text) => text,
             Err(error) if explicit.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
             Err(error) => {
-                let hint = Some("it is named by --config or WALCAST_CONFIG; without either, walcast.toml in the working directory is read");
+                let hint = Some(
+                    "it is named by --config or WALCAST_CONFIG; without either, walcast.toml in the working directory is read",
+                );
                 self.errors.push(SettingsError::unreadable(&shown, "the settings file", error, hint));
                 return;
             }
@@ -101,7 +107,8 @@ impl Layers {
         }
         match Setting::find(&found.key) {
             Some(setting) => self.set(setting, found.raw, found.origin),
-            None if SETTINGS.iter().any(|s| s.key.starts_with(&format!("{}.", found.key))) && found.raw == Raw::Other("an empty section".into()) => {}
+            None if SETTINGS.iter().any(|s| s.key.starts_with(&format!("{}.", found.key)))
+                && found.raw == Raw::Other("an empty section".into()) => {}
             None => {
                 // The last part may be right under another section.
                 let near = nearest(&found.key, SETTINGS.iter().map(|setting| setting.key));
@@ -179,7 +186,12 @@ impl Layers {
             }
             Err(error) => {
                 let what = format!("the file that {name} names,");
-                self.errors.push(SettingsError::unreadable(path, &what, error, Some("mount the secret there, readable by this user")));
+                self.errors.push(SettingsError::unreadable(
+                    path,
+                    &what,
+                    error,
+                    Some("mount the secret there, readable by this user"),
+                ));
                 None
             }
         }

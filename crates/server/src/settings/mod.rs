@@ -145,7 +145,10 @@ impl Settings {
                 publication_cache: from.text("database.publication_cache"),
                 publication_realtime: from.text("database.publication_realtime"),
             },
-            server: ServerSettings { listen: from.address("server.listen"), max_connections: from.number("server.max_connections") },
+            server: ServerSettings {
+                listen: from.address("server.listen"),
+                max_connections: from.number("server.max_connections"),
+            },
             auth: AuthSettings { jwt_secret: from.secret("auth.jwt_secret"), allowed_roles: from.list("auth.allowed_roles") },
             cache: CacheSettings {
                 l1_bytes: from.number("cache.l1_bytes"),

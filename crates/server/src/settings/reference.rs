@@ -21,7 +21,10 @@ pub fn reference() -> String {
         let name = setting.key.split('.').next().unwrap_or_default();
         if name != section {
             section = name;
-            let _ = write!(page, "\n## `[{section}]`\n\n| key | type | default | environment, flag | what it does |\n|---|---|---|---|---|\n");
+            let _ = write!(
+                page,
+                "\n## `[{section}]`\n\n| key | type | default | environment, flag | what it does |\n|---|---|---|---|---|\n"
+            );
         }
         let mut forms = format!("`{}`, `--{}`", setting.env(), setting.flag());
         if let Some(short) = setting.short_flag() {

@@ -70,5 +70,8 @@ impl Resolved {
 
 /// The table and `Settings` contradict each other, which a test would have found.
 fn mistyped(key: &str, found: Option<Value>) -> ! {
-    panic!("the settings table gives `{key}` another type than Settings reads ({})", if found.is_some() { "wrong type" } else { "no default" })
+    panic!(
+        "the settings table gives `{key}` another type than Settings reads ({})",
+        if found.is_some() { "wrong type" } else { "no default" }
+    )
 }

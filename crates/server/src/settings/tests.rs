@@ -70,7 +70,10 @@ fn flag_beats_environment_beats_file_beats_default() {
 fn fixed_names_and_the_platforms_database_url() {
     let url = |env: &[(&str, &str)]| with(None, env, &[]).unwrap().settings.database.url.map(|url| url.expose().to_owned());
     assert_eq!(url(&[("DATABASE_URL", "postgres://a")]).as_deref(), Some("postgres://a"));
-    assert_eq!(url(&[("DATABASE_URL", "postgres://a"), ("WALCAST_DATABASE_URL", "postgres://b")]).as_deref(), Some("postgres://b"));
+    assert_eq!(
+        url(&[("DATABASE_URL", "postgres://a"), ("WALCAST_DATABASE_URL", "postgres://b")]).as_deref(),
+        Some("postgres://b")
+    );
     assert_eq!(url(&[("WALCAST_DATABASE_URL", "")]), None);
     let settings = with(None, &[("WALCAST_LISTEN", "0.0.0.0:1"), ("WALCAST_JWT_SECRET", "s")], &[]).unwrap().settings;
     assert_eq!((settings.server.listen.port(), settings.auth.jwt_secret.unwrap().expose()), (1, "s"));
@@ -123,7 +126,13 @@ fn what_is_misspelt_is_named_with_its_place_and_what_was_meant() {
 
 #[test]
 fn variables_of_the_process_are_no_settings() {
-    let env = [("WALCAST_PG_BIN", "x"), ("WALCAST_DEV_DIR", "x"), ("WALCAST_TEST_PG_BIN", "x"), ("WALCAST_LOG", "debug"), ("OTHER_X", "y")];
+    let env = [
+        ("WALCAST_PG_BIN", "x"),
+        ("WALCAST_DEV_DIR", "x"),
+        ("WALCAST_TEST_PG_BIN", "x"),
+        ("WALCAST_LOG", "debug"),
+        ("OTHER_X", "y"),
+    ];
     assert!(with(None, &env, &[]).is_ok());
 }
 

@@ -201,7 +201,9 @@ mod tests {
 
     #[test]
     fn sizes() {
-        for (text, expected) in [("64MiB", 64 << 20), ("1GB", 1_000_000_000), ("4096", 4096), ("1.5 KiB", 1536), ("5mb", 5_000_000)] {
+        for (text, expected) in
+            [("64MiB", 64 << 20), ("1GB", 1_000_000_000), ("4096", 4096), ("1.5 KiB", 1536), ("5mb", 5_000_000)]
+        {
             assert_eq!(bytes(text), Some(expected), "{text}");
         }
         for bad in ["", "MiB", "-1", "1TBx", "1..2MB", "99999999999999999999", "99999999999GiB", "٣MB"] {

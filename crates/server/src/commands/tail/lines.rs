@@ -76,8 +76,12 @@ fn changed(new: &Map<String, Value>, old: &Map<String, Value>, key: &[String]) -
 }
 
 fn shown(value: &Value) -> String {
-    let text = clean(&value.to_string());
-    if text.chars().count() <= LONGEST_VALUE { text } else { format!("{}…", text.chars().take(LONGEST_VALUE).collect::<String>()) }
+    let text = clean(value.to_string());
+    if text.chars().count() <= LONGEST_VALUE {
+        text
+    } else {
+        format!("{}…", text.chars().take(LONGEST_VALUE).collect::<String>())
+    }
 }
 
 /// `2026-01-02T03:04:05.678Z` is `03:04:05.678`.
@@ -105,18 +109,26 @@ mod tests {
     fn a_change_is_one_line() {
         let at = "2026-01-02T03:04:05.678Z";
         let base = |kind: &str, record: Value, old: Value| json!({"schema": "public", "table": "patients", "type": kind, "commit_timestamp": at, "record": record, "old_record": old});
-        assert_eq!(line(base("INSERT", json!({"id": 7, "name": "Ann"}), json!({}))), "03:04:05.678 INSERT public.patients id=7  name=\"Ann\"");
+        assert_eq!(
+            line(base("INSERT", json!({"id": 7, "name": "Ann"}), json!({}))),
+            "03:04:05.678 INSERT public.patients id=7  name=\"Ann\""
+        );
         assert_eq!(
             line(base("UPDATE", json!({"id": 7, "name": "Bo", "ward": 1}), json!({"id": 7, "name": "Ann", "ward": 1}))),
             "03:04:05.678 UPDATE public.patients id=7  name: \"Ann\" → \"Bo\""
         );
-        assert_eq!(line(base("UPDATE", json!({"nr": 7, "ward": 2}), json!({"nr": 7}))), "03:04:05.678 UPDATE public.patients nr=7  ward=2");
+        assert_eq!(
+            line(base("UPDATE", json!({"nr": 7, "ward": 2}), json!({"nr": 7}))),
+            "03:04:05.678 UPDATE public.patients nr=7  ward=2"
+        );
         assert_eq!(line(base("DELETE", json!({}), json!({"nr": 7}))), "03:04:05.678 DELETE public.patients nr=7");
     }
 
     #[test]
     fn a_row_cannot_command_the_terminal() {
-        let line = line(json!({"schema": "public", "table": "t\u{1b}[2J", "type": "INSERT", "record": {"id": "\u{9b}31m\u{7}", "\u{1b}c": "x"}}));
+        let line = line(
+            json!({"schema": "public", "table": "t\u{1b}[2J", "type": "INSERT", "record": {"id": "\u{9b}31m\u{7}", "\u{1b}c": "x"}}),
+        );
         assert!(!line.chars().any(char::is_control), "{line:?}");
         let long = Painter { colour: false }.change(&json!({"record": {"id": 1, "text": "x".repeat(500)}}));
         assert!(long.len() < 150, "{long}");
