@@ -262,7 +262,7 @@ impl Analyser<'_> {
                     all.extend(join.on.iter().cloned());
                     all
                 }
-                JoinKind::Left => { let mut all = self.collected(&join.left); all.extend(join.on.iter().cloned()); all }
+                JoinKind::Left => self.collected(&join.left),
                 JoinKind::Right => self.collected(&join.right),
                 JoinKind::Full => Vec::new(),
             },
