@@ -58,7 +58,9 @@ pub enum PutFailure {
     Put(#[from] PutError),
     #[error("the ticket is not good: {0}")]
     Ticket(TicketError),
-    #[error("namespace `{0}` takes values from the database only: put with the Walcast-Ticket of a miss, or set source = \"external\" for it")]
+    #[error(
+        "namespace `{0}` takes values from the database only: put with the Walcast-Ticket of a miss, or set source = \"external\" for it"
+    )]
     TicketRequired(String),
     #[error("{0} is not raised by commits: {1}")]
     UntrackedTag(Tag, &'static str),
@@ -81,7 +83,8 @@ impl Engine {
             return false;
         }
         let settings = self.core.config.cache.namespaces.get(namespace);
-        claims.role() == "service_role" || settings.is_some_and(|settings| settings.roles.iter().any(|role| role == claims.role()))
+        claims.role() == "service_role"
+            || settings.is_some_and(|settings| settings.roles.iter().any(|role| role == claims.role()))
     }
 
     /// Every namespace, unless the config says strict.
@@ -134,7 +137,8 @@ impl Engine {
         let core = &self.core;
         let id = format!("{:032x}", rand::rng().random::<u128>());
         let count = tags.len();
-        let message = Message::Invalidate { tags: tags.iter().map(|tag| tag.as_str().to_owned()).collect(), id: Some(id.clone()) };
+        let message =
+            Message::Invalidate { tags: tags.iter().map(|tag| tag.as_str().to_owned()).collect(), id: Some(id.clone()) };
         let mut echo = core.echoes.listen(&id);
         let doing = "writing an invalidation";
         let lease = core.pool.lease(doing).await?;
@@ -190,7 +194,8 @@ impl Core {
             Freshness::Contains(xid) => Some(AtLeast::Xid(Xid(xid))),
             Freshness::AtLeast(position) if position.epoch != self.progress.epoch() => None,
             Freshness::AtLeast(position) => {
-                let heard = position.lsn <= self.progress.invalidated() || self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await;
+                let heard =
+                    position.lsn <= self.progress.invalidated() || self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await;
                 heard.then_some(AtLeast::Lsn(position.lsn))
             }
         }
@@ -227,9 +232,13 @@ impl Core {
             match (facts, column) {
                 // No such table: a tag of the application's own.
                 (None, _) => {}
-                (Some(facts), _) if !facts.published => return refused("the table is not in the cache's publication; `walcast migrate` adds it"),
+                (Some(facts), _) if !facts.published => {
+                    return refused("the table is not in the cache's publication; `walcast migrate` adds it");
+                }
                 (Some(facts), Some(column)) if !facts.columns.iter().any(|known| known == column) => {
-                    return refused("the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag");
+                    return refused(
+                        "the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag",
+                    );
                 }
                 _ => {}
             }

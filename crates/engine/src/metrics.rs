@@ -25,7 +25,10 @@ impl Metrics {
         describe_counter!("walcast_commits_total", "Commits read from the slot");
         describe_counter!("walcast_changes_delivered_total", "Row changes handed to outboxes");
         describe_counter!("walcast_changes_hidden_total", "Row changes that a matching subscriber may not see");
-        describe_counter!("walcast_changes_withheld_errors_total", "Row changes withheld because authorisation could not be decided");
+        describe_counter!(
+            "walcast_changes_withheld_errors_total",
+            "Row changes withheld because authorisation could not be decided"
+        );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
@@ -36,7 +39,10 @@ impl Metrics {
         describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
         describe_gauge!("walcast_stream_lag_bytes", "WAL written but not read, as of the newest snapshot");
         describe_gauge!("walcast_replay_ring_bytes", "Bytes of commits kept for those who come back");
-        describe_gauge!("walcast_heartbeat_age_seconds", "Since our own heartbeat last came back through the stream; -1 while lost");
+        describe_gauge!(
+            "walcast_heartbeat_age_seconds",
+            "Since our own heartbeat last came back through the stream; -1 while lost"
+        );
         Metrics {
             commits: counter!("walcast_commits_total"),
             delivered: counter!("walcast_changes_delivered_total"),

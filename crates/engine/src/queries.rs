@@ -108,7 +108,13 @@ impl Engine {
             let fence = Fence { snapshot: answer.snapshot, settled, floor };
             let mut tags = answer.tags;
             tags.push(rules_tag());
-            Ok::<_, Arc<QueryError>>(Computed { value: answer.body, content_type: "application/json".into(), tags, fence, ttl: Some(ttl) })
+            Ok::<_, Arc<QueryError>>(Computed {
+                value: answer.body,
+                content_type: "application/json".into(),
+                tags,
+                fence,
+                ttl: Some(ttl),
+            })
         };
         if let Err(reason) = &plan.cacheable {
             let computed = compute().await.map_err(|error| failure(&error))?;
@@ -121,7 +127,8 @@ impl Engine {
                 position: Position { epoch: core.progress.epoch(), lsn: computed.fence.settled, index: 0 },
             });
         }
-        let options = ComputeOptions { ttl: Some(ttl), at_least, timeout: core.queries.timeout + Duration::from_secs(5), grace: false };
+        let options =
+            ComputeOptions { ttl: Some(ttl), at_least, timeout: core.queries.timeout + Duration::from_secs(5), grace: false };
         let answer = core.cache.get_or_compute(&key, &options, compute).await.map_err(|error| match error {
             ComputeError::Failed(error) => failure(&error),
             ComputeError::TimedOut { after_ms } => QueryFailure {

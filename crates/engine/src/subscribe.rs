@@ -92,13 +92,8 @@ impl Engine {
         for asked in &request.asked {
             wanted.push(check(core, &request.claims, asked).await?);
         }
-        let handle = core.subscriptions.register(
-            request.claims,
-            request.shape,
-            wanted,
-            request.outbox,
-            core.config.realtime.outbox_bytes,
-        );
+        let handle =
+            core.subscriptions.register(request.claims, request.shape, wanted, request.outbox, core.config.realtime.outbox_bytes);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();

@@ -71,7 +71,8 @@ impl Subscriber {
     }
 
     pub fn client_ids(&self, found: &[SubscriptionId]) -> Vec<u32> {
-        let mut ids: Vec<u32> = self.bindings.iter().filter(|(id, _)| found.contains(id)).map(|(_, wanted)| wanted.client_id).collect();
+        let mut ids: Vec<u32> =
+            self.bindings.iter().filter(|(id, _)| found.contains(id)).map(|(_, wanted)| wanted.client_id).collect();
         ids.dedup();
         ids
     }

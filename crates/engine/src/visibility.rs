@@ -33,7 +33,10 @@ pub struct Candidate<'a> {
 
 #[derive(Debug, Clone)]
 pub enum Verdict {
-    Show { columns: Arc<[bool]>, old: OldView },
+    Show {
+        columns: Arc<[bool]>,
+        old: OldView,
+    },
     Hide,
     /// It cannot be told whether they may see it: they must read again.
     Unsure(&'static str),
@@ -47,10 +50,12 @@ pub enum OldView {
     Nothing,
 }
 
+type ByTableAndRole = (TableId, String);
+
 /// Rules by table and role; retired as the tables are redefined.
 #[derive(Default)]
 pub struct RuleBook {
-    rules: Mutex<HashMap<(TableId, String), Option<Arc<Rules>>>>,
+    rules: Mutex<HashMap<ByTableAndRole, Option<Arc<Rules>>>>,
     generation: AtomicU64,
 }
 
@@ -171,7 +176,8 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             Operation::Delete => deletes,
             Operation::Truncate => false,
         };
-        let columns = columns_of.entry(Arc::as_ptr(&change.table) as usize).or_insert_with(|| rules.visible(&change.table).into()).clone();
+        let columns =
+            columns_of.entry(Arc::as_ptr(&change.table) as usize).or_insert_with(|| rules.visible(&change.table).into()).clone();
         verdicts.push(if !published || !columns.contains(&true) {
             Verdict::Hide
         } else if commit.xid < rules.changed_by {

@@ -22,8 +22,13 @@ pub struct Gate {
 #[derive(Debug)]
 enum State {
     /// What belongs to no place in the order is let through in any case.
-    Holding { frames: Vec<(Option<Place>, Bytes)>, bytes: usize },
-    Open { after: Place },
+    Holding {
+        frames: Vec<(Option<Place>, Bytes)>,
+        bytes: usize,
+    },
+    Open {
+        after: Place,
+    },
 }
 
 impl Gate {

@@ -34,6 +34,8 @@ mod tests {
         let position: Position = "5f3a09c1/16/B374D848/3".parse().unwrap();
         assert_eq!(&event("change", Some(&position), b"{}")[..], b"id: 5f3a09c1/16/B374D848/3\nevent: change\ndata: {}\n\n");
         let opening = opening("resync", &position, Some("gone"));
-        assert!(std::str::from_utf8(&opening).unwrap().contains(r#"data: {"position":"5f3a09c1/16/B374D848/3","reason":"gone"}"#));
+        assert!(
+            std::str::from_utf8(&opening).unwrap().contains(r#"data: {"position":"5f3a09c1/16/B374D848/3","reason":"gone"}"#)
+        );
     }
 }

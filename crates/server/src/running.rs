@@ -85,7 +85,8 @@ fn recorder() -> PrometheusHandle {
 
 fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
     let url = settings.database.url.as_ref().ok_or_else(|| {
-        Failure::usage("no_database", "no database is named").hint("set WALCAST_DATABASE_URL, or try `walcast dev`, which needs none".to_owned())
+        Failure::usage("no_database", "no database is named")
+            .hint("set WALCAST_DATABASE_URL, or try `walcast dev`, which needs none".to_owned())
     })?;
     let secret = settings.auth.jwt_secret.as_ref().ok_or_else(|| {
         Failure::usage("no_secret", "there is no secret to verify tokens with")
@@ -147,10 +148,11 @@ fn engine_failure(error: &EngineError) -> Failure {
             Failure::new(not_ready.code(), not_ready.to_string()).hint(not_ready.hint().map(str::to_owned))
         }
         EngineError::Slot(slot) => Failure::new("slot", slot.to_string()),
-        EngineError::Queries(text) => Failure::new("queries", text.clone()).hint("mend the files, or name another folder with --queries.dir".to_owned()),
-        EngineError::Database(error) if error.is_away() => {
-            Failure::new("database_away", error.to_string()).hint("is PostgreSQL running, and is the URL right? `walcast check` looks".to_owned())
+        EngineError::Queries(text) => {
+            Failure::new("queries", text.clone()).hint("mend the files, or name another folder with --queries.dir".to_owned())
         }
+        EngineError::Database(error) if error.is_away() => Failure::new("database_away", error.to_string())
+            .hint("is PostgreSQL running, and is the URL right? `walcast check` looks".to_owned()),
         other => Failure::new("start", other.to_string()).hint("`walcast check` says what is wrong and what mends it".to_owned()),
     }
 }

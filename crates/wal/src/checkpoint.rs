@@ -148,7 +148,13 @@ fn decide(facts: &Attaching<'_>, clock: &TagClock, state: Option<&State>, sentin
 
 /// Writes what changed since the last checkpoint; from then on `up_to` may be acknowledged.
 /// `up_to` must have been invalidated before the call.
-pub async fn save(client: &mut Client, clock: &TagClock, standing: &Standing, rules: &str, up_to: Lsn) -> Result<Standing, PgError> {
+pub async fn save(
+    client: &mut Client,
+    clock: &TagClock,
+    standing: &Standing,
+    rules: &str,
+    up_to: Lsn,
+) -> Result<Standing, PgError> {
     let images = clock.changed_since(standing.covered);
     let transaction = client.transaction().await.map_err(PgError::when(WRITING))?;
     transaction.batch_execute("set local synchronous_commit = off").await.map_err(PgError::when(WRITING))?;
@@ -246,7 +252,14 @@ mod tests {
     }
 
     fn sentinel(covered: u64) -> Sentinel {
-        Sentinel { epoch: Epoch(5), floor: Floor(3), covered: Lsn(covered), hash_version: TagHash::VERSION, slots: 16, same_rules: true }
+        Sentinel {
+            epoch: Epoch(5),
+            floor: Floor(3),
+            covered: Lsn(covered),
+            hash_version: TagHash::VERSION,
+            slots: 16,
+            same_rules: true,
+        }
     }
 
     fn found(acknowledged: u64) -> SlotState {

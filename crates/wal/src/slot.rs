@@ -16,7 +16,9 @@ pub enum SlotState {
 
 #[derive(Debug, thiserror::Error)]
 pub enum SlotError {
-    #[error("slot `{slot}` is in use by PID {pid}; another `walcast serve` reads it: stop that one, or give this one another slot (`database.slot`)")]
+    #[error(
+        "slot `{slot}` is in use by PID {pid}; another `walcast serve` reads it: stop that one, or give this one another slot (`database.slot`)"
+    )]
     InUse { slot: String, pid: i32 },
     #[error("slot `{slot}` belongs to {owner}; choose another name with `database.slot`, or drop it: select pg_drop_replication_slot({literal})", literal = quote_literal(.slot))]
     Foreign { slot: String, owner: String },
@@ -62,7 +64,8 @@ async fn find(client: &Client, slot: &str) -> Result<Option<Found>, SlotError> {
         let owner = format!("plugin `{plugin}` in database `{database}`");
         return Err(SlotError::Foreign { slot: slot.to_owned(), owner });
     }
-    let acknowledged = row.get::<_, &str>(4).parse().map_err(|error| PgError::Unexpected { doing: DOING, what: format!("{error}") })?;
+    let acknowledged =
+        row.get::<_, &str>(4).parse().map_err(|error| PgError::Unexpected { doing: DOING, what: format!("{error}") })?;
     Ok(Some(Found { acknowledged, active_pid: row.get(3), lost: row.get(5) }))
 }
 

@@ -38,7 +38,9 @@ pub struct Identity {
 pub enum Heard {
     Commit(Commit),
     /// Nothing for us up to here.
-    Idle { read_to: Lsn },
+    Idle {
+        read_to: Lsn,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -90,7 +92,9 @@ impl Session {
             .with_wakeup_interval(Duration::from_secs(1))
             .with_buffer_size(config.buffer_events)
             .with_application_name("walcast")
-            .with_options("-c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1 -c bytea_output=hex");
+            .with_options(
+                "-c timezone=UTC -c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=1 -c bytea_output=hex",
+            );
         let client = ReplicationClient::connect_gated(wire).await.map_err(wire_error)?;
         Ok(Session { client, config })
     }
@@ -199,5 +203,9 @@ fn tls(connect: &ConnectConfig) -> TlsConfig {
 }
 
 fn wire_error(error: pgwire_replication::PgWireError) -> StreamError {
-    if error.is_server() || error.is_auth() { StreamError::Refused(error.to_string()) } else { StreamError::Lost(error.to_string()) }
+    if error.is_server() || error.is_auth() {
+        StreamError::Refused(error.to_string())
+    } else {
+        StreamError::Lost(error.to_string())
+    }
 }

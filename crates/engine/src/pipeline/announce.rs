@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
-use walcast_model::{Cell, Item, Lsn, Position, Row, Scope};
+use walcast_model::{Cell, Change, Item, Lsn, Position, Row, Scope};
 use walcast_protocol::{
     change::{VisibleChange, encode_change},
     phoenix, sse,
@@ -15,6 +15,7 @@ use walcast_protocol::{
 use crate::{
     Core,
     pipeline::{Announcement, InFlight, Remembered},
+    readback::{ReadBack, read_back},
     subscriptions::{Shape, Subscriber},
     visibility::{Candidate, OldView, Verdict, decide},
 };
@@ -86,7 +87,8 @@ pub(crate) async fn frames(core: &Core, candidates: Vec<Candidate<'_>>) -> Vec<(
         return Vec::new();
     }
     let verdicts = decide(core, &candidates).await;
-    let mut encoder = Encoder { epoch: core.progress.epoch(), data: HashMap::new(), frames: HashMap::new() };
+    let read_back = read_back(core, &candidates, &verdicts).await;
+    let mut encoder = Encoder { epoch: core.progress.epoch(), read_back, data: HashMap::new(), frames: HashMap::new() };
     let mut out = Vec::with_capacity(candidates.len());
     let mut told: HashMap<*const Subscriber, &'static str> = HashMap::new();
     for (candidate, verdict) in candidates.into_iter().zip(verdicts) {
@@ -132,17 +134,24 @@ pub(crate) fn resync_frame(shape: &Shape, position: &Position, reason: &str) -> 
     }
 }
 
+/// A change, the columns that are seen of it, and what of its old image.
+type Sight = (Lsn, u32, Arc<[bool]>, OldView);
+
 /// Encodes a change once for everybody who sees the same of it, and a frame once for everybody who gets the same.
 struct Encoder {
     epoch: walcast_model::Epoch,
-    data: HashMap<(Lsn, u32, Arc<[bool]>, OldView), Bytes>,
+    read_back: ReadBack,
+    data: HashMap<Sight, Bytes>,
     frames: HashMap<(*const u8, Shape, Vec<u32>), Bytes>,
 }
 
 impl Encoder {
     fn frame(&mut self, candidate: &Candidate<'_>, columns: &Arc<[bool]>, old: OldView) -> Bytes {
         let place = (candidate.commit.commit.lsn, candidate.index);
-        let data = self.data.entry((place.0, place.1, columns.clone(), old)).or_insert_with(|| encode(candidate, columns, old)).clone();
+        let change = self.read_back.get(&place).unwrap_or(candidate.change);
+        let committed_at_us = candidate.commit.commit.committed_at_us;
+        let encoded = || encode(change, committed_at_us, columns, old);
+        let data = self.data.entry((place.0, place.1, columns.clone(), old)).or_insert_with(encoded).clone();
         let position = Position { epoch: self.epoch, lsn: place.0, index: place.1 };
         let ids = match candidate.subscriber.shape {
             Shape::Sse => Vec::new(),
@@ -168,8 +177,7 @@ impl Encoder {
     }
 }
 
-fn encode(candidate: &Candidate<'_>, columns: &[bool], old: OldView) -> Bytes {
-    let change = candidate.change;
+fn encode(change: &Change, committed_at_us: i64, columns: &[bool], old: OldView) -> Bytes {
     let key_only = match (old, &change.old) {
         (OldView::Key, Some(row)) => {
             let cells = change.table.columns.iter().enumerate();
@@ -185,7 +193,7 @@ fn encode(candidate: &Candidate<'_>, columns: &[bool], old: OldView) -> Bytes {
     encode_change(&VisibleChange {
         table: &change.table,
         operation: change.operation,
-        committed_at_us: candidate.commit.commit.committed_at_us,
+        committed_at_us,
         columns,
         new: change.new.as_ref(),
         old,

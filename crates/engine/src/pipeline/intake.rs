@@ -183,7 +183,7 @@ impl IntakeTask {
         if first_here && same {
             return;
         }
-        tracing::info!(table = %table.name, "the table was redefined: its cached entries and rules retire");
+        tracing::debug!(table = %table.name, "the table was redefined: its cached entries and rules retire");
         let stamp = Stamp::unseen(lsn);
         tags_of_table(table).into_iter().chain(before.iter().flat_map(|b| tags_of_table(b))).for_each(|tag| {
             self.core.clock.raise(tag, stamp);

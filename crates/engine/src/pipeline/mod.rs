@@ -27,9 +27,15 @@ pub struct InFlight {
 pub enum Announcement {
     Commits(Vec<InFlight>),
     /// Everybody must read again: what was lost or cannot be told, and from which place things go on.
-    Resync { reason: &'static str, at: Lsn },
+    Resync {
+        reason: &'static str,
+        at: Lsn,
+    },
     /// A new slot, a promotion: positions do not compare any more.
-    NewEpoch { from: Lsn, reason: &'static str },
+    NewEpoch {
+        from: Lsn,
+        reason: &'static str,
+    },
 }
 
 /// What the intake hands to the settle stage.

@@ -42,8 +42,14 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
         settings.server.listen.set_port(port);
     }
     if !settings.server.listen.ip().is_loopback() {
-        return Err(Failure::usage("not_loopback", format!("`walcast dev` gives its keys to every page, so it listens on loopback only, not on {}", settings.server.listen))
-            .hint("leave --server.listen out, or use 127.0.0.1".to_owned()));
+        return Err(Failure::usage(
+            "not_loopback",
+            format!(
+                "`walcast dev` gives its keys to every page, so it listens on loopback only, not on {}",
+                settings.server.listen
+            ),
+        )
+        .hint("leave --server.listen out, or use 127.0.0.1".to_owned()));
     }
     let say = banner::Progress::new(std::io::stdout().is_terminal());
     let dir = dev_dir(rustix::process::geteuid().is_root());
@@ -94,14 +100,19 @@ async fn ended(postgres: Private) {
 }
 
 /// PostgreSQL, schema, people, keys: everything before the server itself.
-async fn prepare_server(mut settings: Settings, dir: &Path, say: &banner::Progress) -> Result<(Private, Settings, DevState), Failure> {
+async fn prepare_server(
+    mut settings: Settings,
+    dir: &Path,
+    say: &banner::Progress,
+) -> Result<(Private, Settings, DevState), Failure> {
     say.step("starting PostgreSQL");
     let binaries = binaries(dir, say).await?;
     let mut config = ClusterConfig::new(binaries, dir.join("postgres"));
     config.settings = [("max_slot_wal_keep_size", "2GB"), ("wal_sender_timeout", "10s"), ("max_connections", "60")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
-    let program = std::env::current_exe().map_err(|error| Failure::new("program", format!("this program cannot find itself: {error}")))?;
+    let program =
+        std::env::current_exe().map_err(|error| Failure::new("program", format!("this program cannot find itself: {error}")))?;
     let spawned = tokio::task::spawn_blocking(move || Supervised::spawn(&program, &["supervise"], &config)).await;
     let postgres = spawned.map_err(|error| Failure::new("postgres", error.to_string()))?.map_err(cluster_failure)?;
     let admin_url = postgres.url().to_owned();
@@ -143,7 +154,9 @@ async fn binaries(dir: &Path, say: &banner::Progress) -> Result<Binaries, Failur
         Err(ClusterError::NotFound { .. }) => {
             say.step("no PostgreSQL is installed: fetching one");
             let (into, terminal) = (dir.join("binaries"), say.is_terminal());
-            let fetched = tokio::task::spawn_blocking(move || Binaries::fetch(&into, |line| banner::Progress::new(terminal).step(line))).await;
+            let fetched =
+                tokio::task::spawn_blocking(move || Binaries::fetch(&into, |line| banner::Progress::new(terminal).step(line)))
+                    .await;
             fetched.map_err(|error| Failure::new("postgres", error.to_string()))?.map_err(cluster_failure)
         }
         Err(other) => Err(cluster_failure(other)),
@@ -151,9 +164,7 @@ async fn binaries(dir: &Path, say: &banner::Progress) -> Result<Binaries, Failur
 }
 
 fn demo_session(state: &DevState) -> Value {
-    let person = |person: &DevPerson| {
-        json!({ "token": person.token, "user_id": person.user_id, "name": person.name, "patient_id": person.patient_id })
-    };
+    let person = |person: &DevPerson| json!({ "token": person.token, "user_id": person.user_id, "name": person.name, "patient_id": person.patient_id });
     json!({ "anon_key": state.anon_key, "provider": person(&state.provider), "patient": person(&state.patient), "url": "" })
 }
 

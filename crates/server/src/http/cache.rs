@@ -91,7 +91,12 @@ pub async fn put(
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "value_too_large", format!("a value has at most {limit} bytes"))
             .hint("split the value, or raise cache.max_value_bytes")
     };
-    if headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok()).is_some_and(|n| n > limit) {
+    if headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.parse::<usize>().ok())
+        .is_some_and(|n| n > limit)
+    {
         return Err(too_large());
     }
     let value = axum::body::to_bytes(body, limit).await.map_err(|_| too_large())?;
@@ -165,7 +170,8 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: ax
         Refusal::new(StatusCode::BAD_REQUEST, code, why)
             .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
     };
-    let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
+    let asked: Invalidate =
+        serde_json::from_slice(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
     let mut raised = Vec::new();
     match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
         (None, true, true) => return Err(wrong("nothing_named", "the request names nothing to invalidate".into())),
@@ -185,8 +191,12 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: ax
         }
     }
     if !asked.tags.is_empty() && claims.role() != "service_role" {
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "role_not_allowed", "tags reach into every namespace; this role may not raise them")
-            .hint("use a service_role token, or invalidate by namespace and keys"));
+        return Err(Refusal::new(
+            StatusCode::FORBIDDEN,
+            "role_not_allowed",
+            "tags reach into every namespace; this role may not raise them",
+        )
+        .hint("use a service_role token, or invalidate by namespace and keys"));
     }
     for tag in &asked.tags {
         let tag = Tag::parse(tag).map_err(|error| wrong("bad_tag", error.to_string()))?;
@@ -205,16 +215,21 @@ async fn invalidated(app: &App, tags: Vec<Tag>) -> Result<Response, Refusal> {
         Err(error @ InvalidateError::TooMany(_)) => {
             Err(Refusal::new(StatusCode::BAD_REQUEST, "too_many_tags", error.to_string()).hint("split the request"))
         }
-        Err(error @ InvalidateError::Unheard(_)) => Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, "not_heard_yet", error.to_string())
-            .hint("it takes effect when the stream comes to it; /readyz shows the lag")),
-        Err(error @ InvalidateError::Database(_)) => Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", error.to_string())
-            .hint("nothing was invalidated; try again")),
+        Err(error @ InvalidateError::Unheard(_)) => {
+            Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, "not_heard_yet", error.to_string())
+                .hint("it takes effect when the stream comes to it; /readyz shows the lag"))
+        }
+        Err(error @ InvalidateError::Database(_)) => {
+            Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", error.to_string())
+                .hint("nothing was invalidated; try again"))
+        }
     }
 }
 
 fn key(app: &App, path: Result<Path<(String, String)>, PathRejection>, claims: &Claims) -> Result<CacheKey, Refusal> {
     let Path((namespace, key)) = path.map_err(|error| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}")).hint("a key is one percent-encoded path segment")
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}"))
+            .hint("a key is one percent-encoded path segment")
     })?;
     may_use(app, &namespace, claims)?;
     CacheKey::new(&namespace, &key).map_err(|error| {
@@ -224,8 +239,12 @@ fn key(app: &App, path: Result<Path<(String, String)>, PathRejection>, claims: &
 
 fn may_use(app: &App, namespace: &str, claims: &Claims) -> Result<(), Refusal> {
     if !app.engine.knows_namespace(namespace) {
-        return Err(Refusal::new(StatusCode::NOT_FOUND, "unknown_namespace", format!("there is no namespace `{namespace}`, and cache.strict is on"))
-            .hint(format!("add [cache.namespaces.{namespace}] to walcast.toml")));
+        return Err(Refusal::new(
+            StatusCode::NOT_FOUND,
+            "unknown_namespace",
+            format!("there is no namespace `{namespace}`, and cache.strict is on"),
+        )
+        .hint(format!("add [cache.namespaces.{namespace}] to walcast.toml")));
     }
     if app.engine.may_use_namespace(claims, namespace) {
         return Ok(());
@@ -266,7 +285,8 @@ fn max_age(header: Option<&str>) -> Result<Option<Duration>, Refusal> {
     let mut ages = directives.filter_map(|directive| directive.strip_prefix("max-age="));
     let Some(age) = ages.next() else { return Ok(None) };
     let seconds = age.trim_matches('"').parse().map_err(|_| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", format!("`max-age={age}` is not a number of seconds")).hint("Cache-Control: max-age=300")
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", format!("`max-age={age}` is not a number of seconds"))
+            .hint("Cache-Control: max-age=300")
     })?;
     Ok(Some(Duration::from_secs(seconds)))
 }

@@ -58,7 +58,9 @@ fn file(name: &str) -> Response {
         } else {
             "the demo's page is /demo"
         };
-        return Refusal::new(StatusCode::NOT_FOUND, "no_such_file", format!("the demo has no file `{name}`")).hint(hint).into_response();
+        return Refusal::new(StatusCode::NOT_FOUND, "no_such_file", format!("the demo has no file `{name}`"))
+            .hint(hint)
+            .into_response();
     };
     let kind = match name.rsplit_once('.').map(|(_, ending)| ending) {
         Some("html") => "text/html; charset=utf-8",

@@ -37,7 +37,8 @@ pub async fn post(
     body: Bytes,
 ) -> Result<Response, Refusal> {
     let wrong = |why: String| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_body", why).hint("send a JSON object of parameters, such as {\"patient_id\": 7}")
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_body", why)
+            .hint("send a JSON object of parameters, such as {\"patient_id\": 7}")
     };
     let body: Value = if body.is_empty() {
         Value::Object(serde_json::Map::new())

@@ -120,8 +120,12 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
             "filter" => asked.filter = Some(value),
             "apikey" | "last_event_id" => {}
             other => {
-                return Err(Refusal::new(StatusCode::BAD_REQUEST, "unknown_parameter", format!("there is no parameter `{other}`"))
-                    .hint("use table, schema, event, filter"));
+                return Err(Refusal::new(
+                    StatusCode::BAD_REQUEST,
+                    "unknown_parameter",
+                    format!("there is no parameter `{other}`"),
+                )
+                .hint("use table, schema, event, filter"));
             }
         }
     }
@@ -148,7 +152,8 @@ pub fn full() -> Refusal {
 fn refused(error: SubscribeError) -> Refusal {
     let text = error.to_string();
     if error.is_away() {
-        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", text).hint("try again; /readyz tells when it is back");
+        return Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", text)
+            .hint("try again; /readyz tells when it is back");
     }
     Refusal::new(StatusCode::BAD_REQUEST, "bad_subscription", text)
         .hint("check table, column and publication; filters look like id=eq.7")

@@ -3,6 +3,8 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod reads;
+
 use std::{net::TcpListener, process::Stdio, time::Duration};
 
 use anyhow::{Context, Result, bail};

@@ -62,14 +62,21 @@ pub fn banner(state: &DevState, dir: &Path, rate: u32, terminal: bool) -> String
             ("", state.patient.token.clone()),
         ],
     );
-    let writes = if rate == 0 { "nobody writes (--rate N)".to_owned() } else { format!("{rate} changes a second are written (--rate, --no-writer)") };
+    let writes = if rate == 0 {
+        "nobody writes (--rate N)".to_owned()
+    } else {
+        format!("{rate} changes a second are written (--rate, --no-writer)")
+    };
     group(
         "Next",
         &[
             ("watch", "walcast tail --table vital_signs".to_owned()),
             (
                 "ask",
-                format!("curl -i -H \"Authorization: Bearer $(walcast token --sub {})\" '{url}/query/v1/patient_dashboard?patient_id={patient}'", state.provider.user_id),
+                format!(
+                    "curl -i -H \"Authorization: Bearer $(walcast token --sub {})\" '{url}/query/v1/patient_dashboard?patient_id={patient}'",
+                    state.provider.user_id
+                ),
             ),
             ("writer", writes),
             ("end", "Ctrl-C; `walcast dev` goes on with the same data, `walcast dev --reset` begins anew".to_owned()),

@@ -37,7 +37,10 @@ pub async fn load(admin_url: &str, serve_role: &str, password: &str, say: &Progr
     let client = connect(admin_url).await?;
     let failed = |doing: &'static str| move |error: tokio_postgres::Error| sql_failure(doing, &error);
     // Hexadecimal, made by us: nothing to escape.
-    client.batch_execute(&format!("alter role {serve_role} password '{password}'")).await.map_err(failed("setting the serve role's password"))?;
+    client
+        .batch_execute(&format!("alter role {serve_role} password '{password}'"))
+        .await
+        .map_err(failed("setting the serve role's password"))?;
     let loaded = client
         .query_typed("select to_regclass('public.patients') is not null", &[])
         .await
@@ -54,7 +57,9 @@ pub async fn load(admin_url: &str, serve_role: &str, password: &str, say: &Progr
         let client = &client;
         async move {
             let rows = client.query_typed(sql, &[]).await.map_err(failed("finding the people of the demo"))?;
-            let row = rows.first().ok_or_else(|| Failure::new("clinic", "the clinic's tables are empty").hint("begin anew with `walcast dev --reset`".to_owned()))?;
+            let row = rows.first().ok_or_else(|| {
+                Failure::new("clinic", "the clinic's tables are empty").hint("begin anew with `walcast dev --reset`".to_owned())
+            })?;
             Ok::<_, Failure>(Person { user_id: row.get(0), name: row.get(1), patient_id: row.get(2) })
         }
     };
@@ -70,7 +75,9 @@ pub fn queries_dir(dir: &Path) -> Result<PathBuf, Failure> {
         return Ok(checkout.to_path_buf());
     }
     let into = dir.join("queries");
-    let failed = |error: std::io::Error| Failure::new("files", format!("writing the demo's queries to {} failed: {error}", into.display()));
+    let failed = |error: std::io::Error| {
+        Failure::new("files", format!("writing the demo's queries to {} failed: {error}", into.display()))
+    };
     std::fs::create_dir_all(&into).map_err(failed)?;
     for name in QueryFiles::iter() {
         if let Some(file) = QueryFiles::get(&name) {
