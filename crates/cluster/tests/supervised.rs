@@ -116,7 +116,9 @@ fn a_server_left_over_after_everybody_else_was_killed_is_ended_by_the_next_start
     let readers: Vec<Pid> =
         shells.iter().flat_map(|shell| children(*shell)).filter(|pid| command(*pid).contains("walcast-tether")).collect();
     assert!(!shells.is_empty() && !readers.is_empty());
-    for pid in [vec![supervisor], readers, shells].concat() {
+    // Stopped first, so that it cannot act on what it sees, while its pipe to the reader stays open.
+    kill_process(supervisor, Signal::STOP).unwrap();
+    for pid in [readers, shells, vec![supervisor]].concat() {
         kill_process(pid, Signal::KILL).unwrap();
     }
     let left_over = owner.server_processes();

@@ -291,7 +291,7 @@ pub struct Tracked {
 
 /// Lets expired rows of L2 go, once a minute.
 pub async fn sweep(core: Arc<Core>, cancel: CancellationToken) {
-    let Some(l2) = core.cache.l2() else { return };
+    let Some(l2) = core.cache.l2() else { return cancel.cancelled().await };
     let mut ticks = tokio::time::interval(Duration::from_secs(60));
     loop {
         tokio::select! {

@@ -20,6 +20,7 @@ mod visibility;
 
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -27,6 +28,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use rand::Rng;
 use tokio::sync::{Notify, mpsc, watch};
@@ -115,6 +117,7 @@ pub struct Engine {
     pub(crate) core: Arc<Core>,
     cancel: CancellationToken,
     tasks: TaskTracker,
+    failed: watch::Receiver<Option<&'static str>>,
 }
 
 /// Waiting for a free connection of the pool.
@@ -172,14 +175,25 @@ impl Engine {
         let mut intake = IntakeTask::new(core.clone(), to_settle, acknowledged);
         let stream = intake.attach().await?;
         let (cancel, tasks) = (CancellationToken::new(), TaskTracker::new());
-        tasks.spawn(intake.run(stream, cancel.clone()));
-        tasks.spawn(settle::run(core.clone(), settle_inbox, to_announce));
-        tasks.spawn(announce::run(core.clone(), announce_inbox));
-        tasks.spawn(acknowledge::run(core.clone(), acknowledge, cancel.clone()));
-        tasks.spawn(health::listen(core.clone(), cancel.clone()));
-        tasks.spawn(cache_face::sweep(core.clone(), cancel.clone()));
+        let (fail, failed) = watch::channel(None);
+        let spawn = |name: &'static str, task: BoxFuture<'static, ()>| {
+            let (fail, cancel) = (fail.clone(), cancel.clone());
+            tasks.spawn(async move {
+                let ended = AssertUnwindSafe(task).catch_unwind().await;
+                if ended.is_err() || !cancel.is_cancelled() {
+                    tracing::error!(task = name, "a task of the pipeline has died");
+                    fail.send_replace(Some(name));
+                }
+            });
+        };
+        spawn("intake", intake.run(stream, cancel.clone()).boxed());
+        spawn("settle", settle::run(core.clone(), settle_inbox, to_announce).boxed());
+        spawn("announce", announce::run(core.clone(), announce_inbox).boxed());
+        spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
+        spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
+        spawn("sweep", cache_face::sweep(core.clone(), cancel.clone()).boxed());
         tasks.close();
-        Ok(Engine { core, cancel, tasks })
+        Ok(Engine { core, cancel, tasks, failed })
     }
 
     /// Ends every task and waits for them, so that the slot is free afterwards.
@@ -189,6 +203,16 @@ impl Engine {
             tracing::warn!("some tasks did not end in 10 s");
         }
         self.core.pool.close();
+    }
+
+    /// Resolves with the name of a pipeline task that died. The slot is the log: whoever ends the process now
+    /// and starts it anew loses nothing, whoever goes on would answer from a standing stream.
+    pub async fn failed(&self) -> &'static str {
+        let mut failed = self.failed.clone();
+        match failed.wait_for(Option::is_some).await {
+            Ok(name) => name.unwrap_or_default(),
+            Err(_) => std::future::pending().await,
+        }
     }
 
     pub fn verify(&self, token: &str) -> Result<model::Claims, TokenError> {
@@ -251,7 +275,7 @@ fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-fn expectations(config: &EngineConfig) -> doctor::Expectations {
+pub(crate) fn expectations(config: &EngineConfig) -> doctor::Expectations {
     doctor::Expectations {
         slot: config.slot.clone(),
         publication_cache: config.publication_cache.clone(),

@@ -14,7 +14,7 @@ use std::{
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
 use walcast_auth::{RowRule, Rules, row_visibility};
-use walcast_model::{Cell, Change, Claims, Operation, Row, TableId, Tag, TagHash};
+use walcast_model::{Cell, Change, Claims, Item, Operation, Row, Scope, TableId, Tag, TagHash};
 
 use crate::{
     Core,
@@ -246,8 +246,14 @@ async fn ask(
         }
     }
     for (at, (_, _, change)) in group.changes.iter().enumerate() {
+        // PostgreSQL was asked after the commit. Where the commit itself moved what the policy reads, its answer says
+        // nothing of who could see the old row.
+        let doubt = moved_with(question, group.changes[at].0, change);
+        if change.operation == Operation::Delete && doubt == Doubt::Moved {
+            verdicts[at] = Verdict::Unsure("authorisation moved");
+        }
         let Verdict::Show { old, .. } = &mut verdicts[at] else { continue };
-        *old = if old_allowed[at] {
+        *old = if old_allowed[at] && doubt == Doubt::None {
             OldView::Whole
         } else if same_key(change) {
             OldView::Key
@@ -271,6 +277,32 @@ async fn heard_of(core: &Core, wal_insert: walcast_model::Lsn) -> bool {
     // WAL of asynchronous commits is flushed, and so streamed, only a while later: ask for it.
     core.nudge.notify_one();
     core.progress.wait_read(wal_insert, ASK_TIMEOUT).await
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doubt {
+    None,
+    /// Only this table was written, but the policy may read it by way of a function.
+    Perhaps,
+    Moved,
+}
+
+/// Did the commit of this change also write what its policy reads?
+fn moved_with(question: &walcast_auth::Question, commit: &Remembered, change: &Change) -> Doubt {
+    let Scope::Whole(items) = &commit.commit.scope else { return Doubt::Moved };
+    let written = |item: &(u32, Item)| match &item.1 {
+        Item::Change(other) => {
+            question.reads.contains(&other.table.name) || (question.reads_anything && other.table.id != change.table.id)
+        }
+        Item::Redefined(_) | Item::Message { .. } => false,
+    };
+    if items.iter().any(written) {
+        Doubt::Moved
+    } else if question.reads_anything {
+        Doubt::Perhaps
+    } else {
+        Doubt::None
+    }
 }
 
 /// The old key is in the new row, which they may see.

@@ -198,7 +198,11 @@ impl RealtimeSocket {
             match self.socket.next().await {
                 Some(Ok(Message::Text(text))) => return Frame::decode_text(&text, self.vsn).map(Some),
                 Some(Ok(Message::Binary(bytes))) => return Frame::decode_binary(&bytes).map(Some),
-                Some(Ok(Message::Close(frame))) => self.closed = Some(frame),
+                Some(Ok(Message::Close(frame))) => {
+                    self.closed = Some(frame);
+                    // Sends our half of the closing handshake, which the library has only queued.
+                    let _ = self.socket.flush().await;
+                }
                 // Pings are answered by the library when it reads.
                 Some(Ok(_)) => {}
                 // A server that is killed sends no close frame.

@@ -17,20 +17,24 @@ use walcast_pg::{PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 use walcast_wal::checkpoint;
 
-use crate::{Core, progress::StreamState};
+use crate::{Core, doctor, progress::StreamState};
 
 /// A round that takes longer is given up; the next one begins with a new connection.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The doctor looks once in so many rounds.
+const ROUNDS_TO_LOOK: u64 = 30;
 
 struct Keeper {
     core: Arc<Core>,
     acknowledge: watch::Sender<Lsn>,
     marks: Marks,
     epoch: Epoch,
+    rounds: u64,
 }
 
 pub async fn run(core: Arc<Core>, acknowledge: watch::Sender<Lsn>, cancel: CancellationToken) {
-    let mut keeper = Keeper { marks: Marks::new(&core), epoch: core.progress.epoch(), core, acknowledge };
+    let mut keeper = Keeper { marks: Marks::new(&core), epoch: core.progress.epoch(), rounds: 0, core, acknowledge };
     let mut client: Option<Client> = None;
     let mut ticks = tokio::time::interval(keeper.core.config.stream.heartbeat);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -71,7 +75,21 @@ impl Keeper {
             return Ok(client);
         }
         self.rules(&client).await?;
+        if self.rounds.is_multiple_of(ROUNDS_TO_LOOK) {
+            self.look(&client).await?;
+        }
+        self.rounds += 1;
         self.checkpoint(client).await
+    }
+
+    /// What the doctor would warn of now: a new table that nobody publishes is said once, and stays in `/readyz`.
+    async fn look(&self, client: &Client) -> Result<(), PgError> {
+        let now = doctor::warnings(client, &crate::expectations(&self.core.config)).await?;
+        let before = std::mem::replace(&mut *self.core.warnings.lock(), now.clone());
+        for warning in now.iter().filter(|warning| !before.contains(warning)) {
+            tracing::warn!(warning, "`walcast check` says what mends it");
+        }
+        Ok(())
     }
 
     async fn checkpoint(&mut self, mut client: Client) -> Result<Client, PgError> {

@@ -10,10 +10,17 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     log::start(&settings.log);
     let running = running::start(&settings, None).await?;
     tracing::info!(url = %running.url(), "walcast is serving");
-    told_to_end().await;
+    let failed = tokio::select! {
+        () = told_to_end() => None,
+        task = running.engine.failed() => Some(task),
+    };
     tracing::info!("ending: connections are closed, the slot is let go");
     running.stop().await;
-    Ok(ExitCode::SUCCESS)
+    match failed {
+        None => Ok(ExitCode::SUCCESS),
+        Some(task) => Err(Failure::new("task_died", format!("the task `{task}` died; the log above says why"))
+            .hint("start `walcast serve` again: the slot is the log, nothing is lost; and please report this".to_owned())),
+    }
 }
 
 /// Ctrl-C, or a service manager's SIGTERM.

@@ -55,10 +55,6 @@ pub async fn get(
         }
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
-    response.headers_mut().insert(
-        header::ACCESS_CONTROL_EXPOSE_HEADERS,
-        HeaderValue::from_static("cache-status, walcast-position, walcast-ticket, cache-tag, etag, age"),
-    );
     Ok(response)
 }
 

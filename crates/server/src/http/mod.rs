@@ -24,13 +24,14 @@ use std::{
 use axum::{
     Router,
     extract::DefaultBodyLimit,
-    http::{HeaderValue, header},
+    http::{HeaderName, HeaderValue, header},
     response::Response,
     routing::{any, get, post},
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tower_http::cors::{Any, CorsLayer};
 use walcast_engine::Engine;
 
 pub use pages::DemoSession;
@@ -97,8 +98,10 @@ pub fn router(app: App) -> Router {
         .route("/rest/v1", any(pages::elsewhere))
         .route("/rest/v1/{*rest}", any(pages::elsewhere))
         .route("/auth/v1/{*rest}", any(pages::elsewhere))
-        .route("/storage/v1/{*rest}", any(pages::elsewhere));
+        .route("/storage/v1/{*rest}", any(pages::elsewhere))
+        .layer(from_any_page());
     if app.demo.is_some() {
+        // Without a word to other origins: the page's own keys are for the page.
         router = router
             .route("/demo", get(pages::demo_index))
             .route("/demo/session.json", get(pages::demo_session))
@@ -107,12 +110,21 @@ pub fn router(app: App) -> Router {
     router.fallback(pages::not_found).layer(axum::middleware::map_response(common_headers)).with_state(app)
 }
 
+/// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
+fn from_any_page() -> CorsLayer {
+    let told = ["cache-status", "walcast-position", "walcast-ticket", "cache-tag", "etag", "age", "retry-after"];
+    CorsLayer::new()
+        .allow_origin(Any)
+        .allow_methods(Any)
+        .allow_headers(Any)
+        .expose_headers(told.map(HeaderName::from_static))
+        .max_age(Duration::from_secs(3600))
+}
+
 async fn common_headers(mut response: Response) -> Response {
     let headers = response.headers_mut();
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
-    // Tokens travel in headers, never in cookies, so any page may ask.
-    headers.entry(header::ACCESS_CONTROL_ALLOW_ORIGIN).or_insert(HeaderValue::from_static("*"));
     response
 }
 

@@ -3,7 +3,7 @@
 use axum::{
     Json,
     extract::{Path, State},
-    http::{HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     response::{Html, IntoResponse, Response},
 };
 use rust_embed::RustEmbed;
@@ -44,7 +44,15 @@ pub async fn demo_file(Path(name): Path<String>) -> Response {
     file(&name)
 }
 
-pub async fn demo_session(State(app): State<App>) -> Response {
+/// Keys for whoever is on this machine. A foreign name that was pointed at loopback is refused: its page could read them.
+pub async fn demo_session(State(app): State<App>, headers: HeaderMap) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    if !matches!(name, "127.0.0.1" | "localhost" | "[::1]") {
+        return Refusal::new(StatusCode::FORBIDDEN, "not_loopback", "the demo's keys are given out on this machine only")
+            .hint("open the page as http://127.0.0.1 or http://localhost")
+            .into_response();
+    }
     match &app.demo {
         Some(session) => Json(session.0.clone()).into_response(),
         None => not_found(Uri::from_static("/demo/session.json")).await.into_response(),

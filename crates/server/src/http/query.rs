@@ -89,7 +89,6 @@ async fn answer(
     out.insert(header::AGE, header_value(&answer.age.as_secs().to_string()));
     out.insert(HeaderName::from_static("cache-status"), header_value(&status));
     out.insert(HeaderName::from_static("walcast-position"), header_value(&answer.position.to_string()));
-    out.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static("cache-status, walcast-position, etag, age"));
     Ok(response)
 }
 

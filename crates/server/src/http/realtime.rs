@@ -97,14 +97,17 @@ async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader
                 }
             }
             Err(reason) => {
-                let (code, text) = match &reason {
-                    CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
-                    CloseReason::Ended(text) => (1012, (*text).to_owned()),
-                    CloseReason::Gone => (1000, String::new()),
+                let goodbye = async {
+                    let (code, text) = match reason {
+                        CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
+                        CloseReason::Ended(text) => (1012, text.to_owned()),
+                        // The client said goodbye first: only its close is still to be answered.
+                        CloseReason::Gone => return sink.close().await,
+                    };
+                    metrics::counter!("walcast_connections_closed_total", "code" => code.to_string()).increment(1);
+                    sink.send(Message::Close(Some(CloseFrame { code, reason: text.into() }))).await
                 };
-                metrics::counter!("walcast_connections_closed_total", "code" => code.to_string()).increment(1);
-                let close = Message::Close(Some(CloseFrame { code, reason: text.into() }));
-                let _ = tokio::time::timeout(Duration::from_secs(2), sink.send(close)).await;
+                let _ = tokio::time::timeout(Duration::from_secs(2), goodbye).await;
                 return;
             }
         }
@@ -132,7 +135,11 @@ impl Socket {
                         self.frame(parsed).await;
                     }
                     Ok(Some(Ok(Message::Ping(_) | Message::Pong(_)))) => {}
-                    Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => return,
+                    Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => {
+                        // The writer waits for frames: it must hear this too, or the client's close stays unanswered.
+                        self.outbox.close(CloseReason::Gone);
+                        return;
+                    }
                     Err(_) => {
                         self.outbox.close(CloseReason::Ended("no heartbeat for 60 s"));
                         return;

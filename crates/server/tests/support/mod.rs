@@ -3,6 +3,7 @@
 
 #![allow(dead_code)] // Each test binary uses its own part.
 
+pub mod control_feed;
 pub mod reads;
 
 use std::{net::TcpListener, process::Stdio, time::Duration};

@@ -1,0 +1,61 @@
+//! What a process has cost so far, as Linux tells it under `/proc`.
+
+use std::fs;
+
+use anyhow::Context;
+
+/// The unit of `/proc/PID/stat`: 100 on every Linux that programs get to see.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// CPU seconds, user and system, of all its threads.
+pub fn cpu_s(pid: u32) -> anyhow::Result<f64> {
+    let path = format!("/proc/{pid}/stat");
+    let stat = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    cpu_of(&stat).with_context(|| format!("{path} has another form: {stat}"))
+}
+
+/// Fields 14 and 15; the program's name, field 2, may hold blanks and brackets.
+fn cpu_of(stat: &str) -> Option<f64> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    let mut fields = after_name.split_ascii_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / TICKS_PER_SECOND)
+}
+
+/// Resident now and at most so far.
+#[derive(Debug, Clone, Copy)]
+pub struct Resident {
+    pub now_kib: u64,
+    pub most_kib: u64,
+}
+
+pub fn resident(pid: u32) -> anyhow::Result<Resident> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).with_context(|| format!("{path} has no {name}"))?;
+        let number = line.trim_end_matches("kB").trim();
+        number.parse().with_context(|| format!("{name} in {path} is no number: {number}"))
+    };
+    Ok(Resident { now_kib: field("VmRSS:")?, most_kib: field("VmHWM:")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_seconds_are_read_past_a_name_with_blanks() {
+        let stat = "7 (a (b) c) S 1 7 7 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 4 0 12345";
+        assert_eq!(cpu_of(stat), Some(3.0));
+        assert_eq!(cpu_of("7 (short) S"), None);
+    }
+
+    #[test]
+    fn this_very_process_can_be_measured() {
+        let resident = resident(std::process::id()).unwrap();
+        assert!(resident.now_kib > 0 && resident.most_kib >= resident.now_kib);
+        assert!(cpu_s(std::process::id()).unwrap() >= 0.0);
+    }
+}
