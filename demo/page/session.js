@@ -7,7 +7,7 @@ export class Session {
   #known = null
   #asking = null
 
-  /** { anon_key, provider, patient, url }; asked for once, and again when a token runs out. */
+  /** { anon_key, provider, patient }; asked for once, and again when a token runs out. */
   async get() {
     if (!this.#known || this.#endsSoon()) await this.renew()
     return this.#known

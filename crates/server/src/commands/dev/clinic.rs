@@ -24,7 +24,7 @@ struct QueryFiles;
 pub struct Person {
     pub user_id: String,
     pub name: String,
-    pub patient_id: Option<String>,
+    pub patient_id: Option<i64>,
 }
 
 pub struct People {
@@ -41,13 +41,7 @@ pub async fn load(admin_url: &str, serve_role: &str, password: &str, say: &Progr
         .batch_execute(&format!("alter role {serve_role} password '{password}'"))
         .await
         .map_err(failed("setting the serve role's password"))?;
-    let loaded = client
-        .query_typed("select to_regclass('public.patients') is not null", &[])
-        .await
-        .map_err(failed("looking for the clinic"))?
-        .first()
-        .is_some_and(|row| row.get(0));
-    if !loaded {
+    if !is_loaded(&client).await.map_err(failed("looking for the clinic"))? {
         say.step("loading the clinic");
         for name in ["0001_clinic.sql", "0002_people.sql"] {
             client.batch_execute(&text_of(name)?).await.map_err(failed("loading the clinic"))?;
@@ -63,15 +57,24 @@ pub async fn load(admin_url: &str, serve_role: &str, password: &str, say: &Progr
             Ok::<_, Failure>(Person { user_id: row.get(0), name: row.get(1), patient_id: row.get(2) })
         }
     };
-    let provider = "select user_id::text, full_name, null::text from public.providers order by id limit 1";
-    let patient = "select user_id::text, full_name, id::text from public.patients order by id limit 1";
+    let provider = "select user_id::text, full_name, null::bigint from public.providers order by id limit 1";
+    let patient = "select user_id::text, full_name, id from public.patients order by id limit 1";
     Ok(People { provider: person(provider).await?, patient: person(patient).await? })
+}
+
+/// With its people: a start that was cut short between tables and people is taken up again, since either file may be
+/// run twice. Whoever emptied the tables on purpose gets the people back.
+async fn is_loaded(client: &tokio_postgres::Client) -> Result<bool, tokio_postgres::Error> {
+    let yes = |rows: Vec<tokio_postgres::Row>| rows.first().is_some_and(|row| row.get(0));
+    let tables = "select to_regclass('public.patients') is not null and to_regclass('public.providers') is not null";
+    let people = "select exists (select from public.patients) and exists (select from public.providers)";
+    Ok(yes(client.query_typed(tables, &[]).await?) && yes(client.query_typed(people, &[]).await?))
 }
 
 /// The embedded query files, laid out where the server reads them; a checkout's own folder is used as it is.
 pub fn queries_dir(dir: &Path) -> Result<PathBuf, Failure> {
     let checkout = Path::new("demo/queries");
-    if checkout.is_dir() {
+    if checkout.join("patient_dashboard.sql").is_file() {
         return Ok(checkout.to_path_buf());
     }
     let into = dir.join("queries");
