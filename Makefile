@@ -45,4 +45,5 @@ needs:
 	if [ -n "$$missing" ]; then echo "The tests need:$$missing"; echo "  apt-get install -y --no-install-recommends$$missing"; exit 1; fi
 
 bench: ## figures and ratios, in release: draining, commit to client, memory
-	$(CARGO) run --release -p walcast-bench
+	$(CARGO) build --release -p walcast-server -p walcast-bench
+	@$(dir $(WALCAST))../release/walcast-bench $(ARGS)

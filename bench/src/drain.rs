@@ -150,7 +150,16 @@ async fn walcast(stage: &Stage, client: &Client, backlog: Backlog, written: Writ
         }
     };
     let both = async { tokio::try_join!(announced, listening_all) };
-    let (announced_at, heard) = tokio::time::timeout(DEADLINE, both).await.context("the backlog was not drained in time")??;
+    let (announced_at, heard) = match tokio::time::timeout(DEADLINE, both).await {
+        Ok(drained) => drained?,
+        Err(_) => {
+            let report = server.report().await.unwrap_or_default();
+            bail!(
+                "with {subscribers} subscribers the backlog up to {} was not drained within {DEADLINE:?}: {report}",
+                written.last
+            );
+        }
+    };
     let ended = heard.iter().map(|heard| heard.last_at).fold(announced_at, Instant::max);
     let serve_cpu_s = process::cpu_s(server.pid)?;
     let walsender_cpu_s = match load::walsender(client).await? {
@@ -196,7 +205,7 @@ fn print(backlog: Backlog, rounds: u32, measured: &BTreeMap<Side, Measured>) {
         .collect();
     let head = ["", "1,000 changes/s", "ratio", "start ms", "serve CPU", "walsender CPU", "bench CPU"];
     let title = format!(
-        "drain: {}, {rounds} rounds: median (least–most); ratio to pg_recvlogical of the same round; CPU seconds per million changes",
+        "drain: {}; rounds: {rounds}, median (least–most); ratio to pg_recvlogical in the same round; CPU in seconds per million changes",
         backlog.name()
     );
     table(&title, &head, &rows);

@@ -18,8 +18,7 @@ const BASE_SLOT: &str = "bench_base";
 pub const PATIENTS: u32 = 100;
 
 const WRITER: &str = "
-create procedure write_vitals(transactions int, rows_each int) language plpgsql as $$
-declare next int := 0;
+create procedure write_vitals(next int, transactions int, rows_each int) language plpgsql as $$
 begin
   for i in 1..transactions loop
     insert into vitals (patient_id, kind, value)
@@ -72,10 +71,11 @@ pub async fn write(stage: &Stage, client: &Client, backlog: Backlog) -> anyhow::
     client.batch_execute(keep).await.context("keeping the checkpoint")?;
     let before = lsn(client, "pg_current_wal_insert_lsn()").await?;
     client.batch_execute("set synchronous_commit = off").await?;
-    client.batch_execute(&format!("call write_vitals({}, {})", backlog.transactions - 1, backlog.rows_each)).await?;
+    let Backlog { transactions, rows_each } = backlog;
+    client.batch_execute(&format!("call write_vitals(0, {}, {rows_each})", transactions - 1)).await?;
     let last = lsn(client, "pg_current_wal_insert_lsn()").await?;
     client.batch_execute("set synchronous_commit = on").await?;
-    client.batch_execute(&format!("call write_vitals(1, {})", backlog.rows_each)).await?;
+    client.batch_execute(&format!("call write_vitals({}, 1, {rows_each})", (transactions - 1) * rows_each)).await?;
     let end = lsn(client, "pg_current_wal_flush_lsn()").await?;
     // Or the checkpoint after the load falls into somebody's drain.
     client.batch_execute("checkpoint").await?;

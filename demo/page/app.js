@@ -1,5 +1,6 @@
 // The clinic page: a provider's ward, live, and beside it one patient's dashboard from the cache.
 // Loaded by index.html. Never asks any address but this server's.
+import { ChangeLog } from './change_log.js'
 import { drawDashboard, drawNobody } from './dashboard.js'
 import { openLive } from './live.js'
 import { readNamedQuery } from './named_query.js'
@@ -8,13 +9,17 @@ import { Session } from './session.js'
 import { Ward } from './ward.js'
 
 const READ_EVERY_MS = 3_000
+// As in style.css.
+const SIDE_BY_SIDE = matchMedia('(min-width: 1151px)')
 
 const $ = (id) => document.getElementById(id)
 const session = new Session()
 const reads = new ReadLog({
   status: $('cache-status'), ms: $('cache-ms'), age: $('cache-age'), ttl: $('cache-ttl'),
-  hits: $('cache-hits'), misses: $('cache-misses'), bars: $('reads'),
+  hits: $('cache-hits'), hitsName: $('cache-hits-name'), misses: $('cache-misses'), missesName: $('cache-misses-name'),
+  bars: $('reads'),
 })
+const changes = new ChangeLog({ delay: $('change-delay'), median: $('change-median'), list: $('changes') })
 const ward = new Ward({ list: $('ward'), summary: $('ward-summary'), onChoose: choose })
 
 let who = 'provider'
@@ -52,6 +57,7 @@ async function become(identity) {
   notice(null)
   ward.choose(null)
   ward.clear()
+  changes.clear()
   reads.clear()
   $('dashboard').replaceChildren()
   delete $('dashboard').dataset.patientId
@@ -74,6 +80,9 @@ async function become(identity) {
     if (who === 'patient') {
       choose(known.patient.patient_id)
       await showDenied(formerlyChosen, known.patient.patient_id)
+    } else if (chosen === null && SIDE_BY_SIDE.matches && ward.ids().length) {
+      // So that both halves say at once what they are for.
+      choose(ward.ids()[0])
     }
   } catch (error) {
     if (mine === turn) notice(error.message)
@@ -91,9 +100,18 @@ function choose(patientId) {
 function hear(change) {
   events += 1
   $('event-count').textContent = String(events)
+  const id = patientOf(change)
+  changes.add(change, ward.nameOf(id))
   ward.apply(change)
   heardMeanwhile?.push(change)
-  if ([change.new.patient_id, change.old.patient_id].includes(chosen)) readDashboard('change')
+  // Names, beds and who is here at all: the query says it.
+  if (change.table === 'patients') readWard()
+  if (id === chosen) readDashboard('change')
+}
+
+function patientOf({ table, new: after, old: before }) {
+  const key = table === 'patients' ? 'id' : 'patient_id'
+  return after[key] ?? before[key]
 }
 
 async function loadWard() {

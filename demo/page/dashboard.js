@@ -42,7 +42,7 @@ function readings(vitals) {
       el('span', { class: 'big', 'data-testid': 'heart-rate' }, String(latest.heart_rate)), el('small', {}, 'bpm'),
       sparkline(rates, { width: 260, height: 56, label: `Heart rate, the last ${rates.length} readings` })),
     el('div', { class: 'scroll' }, el('table', { 'data-testid': 'readings' },
-      el('thead', {}, el('tr', {}, ['Read', 'Heart', 'Pressure', 'Oxygen', 'Breath', 'Temp.'].map((name) => el('th', { scope: 'col' }, name)))),
+      el('thead', {}, el('tr', {}, ['When', 'Heart', 'Pressure', 'Oxygen', 'Breath', 'Temp.'].map((name) => el('th', { scope: 'col' }, name)))),
       el('tbody', {}, vitals.slice(0, SHOWN_READINGS).map(reading)))))
 }
 

@@ -2,7 +2,7 @@
 
 const SVG = 'http://www.w3.org/2000/svg'
 
-/** `el('p', { class: 'quiet' }, 'text', child)`; an attribute that is null or false is left out. */
+/** `el('p', { class: 'quiet' }, 'text', child)`; an attribute or child that is null or false is left out; children may nest. */
 export const el = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children)
 
 export const svg = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children)
@@ -11,6 +11,6 @@ function fill(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? '' : String(value))
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false))
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false))
   return node
 }

@@ -1,7 +1,8 @@
 // Hears row changes through the unmodified supabase-js. Opened by the page, once for each identity.
 // Never stops silently: every state goes to `onState`, and a channel that was closed from outside is opened again.
 
-const TABLES = ['vital_signs', 'patient_alerts', 'appointments']
+// All that the dashboard is made of.
+const TABLES = ['vital_signs', 'patient_alerts', 'appointments', 'medications', 'care_plans', 'patients']
 const AGAIN_AFTER_MS = 2_000
 
 /**

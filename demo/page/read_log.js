@@ -14,7 +14,7 @@ export class ReadLog {
   #number = 0
   #storedAtMs = null
 
-  /** `place` has the elements status, ms, age, ttl, hits, misses and bars. */
+  /** `place` has the elements status, ms, age, ttl, hits, hitsName, misses, missesName and bars. */
   constructor(place) {
     this.#place = place
   }
@@ -24,7 +24,8 @@ export class ReadLog {
     this.#reads = []
     this.#storedAtMs = null
     this.#state('none')
-    for (const name of ['ms', 'age', 'ttl', 'hits', 'misses']) this.#place[name].textContent = '–'
+    for (const name of ['ms', 'age', 'ttl']) this.#place[name].textContent = '–'
+    this.#medians()
     this.#place.bars.replaceChildren()
   }
 
@@ -38,8 +39,7 @@ export class ReadLog {
     this.#place.ms.textContent = milliseconds(tookMs)
     this.#place.age.textContent = this.#age(cache, ageSeconds)
     this.#place.ttl.textContent = cache.ttl === null ? '–' : `${cache.ttl} s`
-    this.#place.hits.textContent = this.#median('hit')
-    this.#place.misses.textContent = this.#median('miss')
+    this.#medians()
     this.#place.bars.replaceChildren(...this.#reads.slice(-SHOWN).map(bar))
   }
 
@@ -60,9 +60,13 @@ export class ReadLog {
     return this.#storedAtMs === null ? '–' : `${Math.round((Date.now() - this.#storedAtMs) / 1000)} s`
   }
 
-  #median(state) {
-    const times = this.#reads.filter((read) => read.state === state).map((read) => read.tookMs).sort((a, b) => a - b)
-    return times.length ? `${times.length} · ${milliseconds(times[Math.floor(times.length / 2)])}` : '–'
+  #medians() {
+    for (const [state, one, many] of [['hit', 'hit', 'hits'], ['miss', 'miss', 'misses']]) {
+      const times = this.#reads.filter((read) => read.state === state).map((read) => read.tookMs).sort((a, b) => a - b)
+      const count = times.length
+      this.#place[`${many}Name`].textContent = count < 2 ? `${count || 'no'} ${one}` : `${count} ${many}, median`
+      this.#place[many].textContent = count ? milliseconds(times[Math.floor(count / 2)]) : '–'
+    }
   }
 }
 

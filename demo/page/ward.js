@@ -24,6 +24,10 @@ export class Ward {
     return [...this.#patients.keys()]
   }
 
+  nameOf(id) {
+    return this.#patients.get(id)?.full_name ?? `patient ${id}`
+  }
+
   /** Takes the rows of the query in place of all that was known. */
   replace(rows) {
     this.#patients = new Map(rows.map((row) => [row.id, {

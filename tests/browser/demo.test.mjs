@@ -50,11 +50,13 @@ beforeEach(async () => {
 
 afterEach(async () => {
   const { host } = new URL(walcast.url)
+  const text = await page.locator('body').innerText()
   const elsewhere = requested.filter((url) => !url.startsWith('data:') && new URL(url).host !== host)
   await page.close()
   assert.ok(requested.some((url) => url.startsWith('ws')), 'the live connection was seen, so the next line means something')
   assert.deepEqual(elsewhere, [], 'no request left the server')
   assert.deepEqual(complaints, [], 'the page ran without errors, also of its content security policy')
+  assert.doesNotMatch(text, /\[object|undefined|NaN|Invalid Date/)
 })
 
 test('the ward shows the assigned patients, with readings', async () => {
@@ -67,7 +69,14 @@ test('the ward shows the assigned patients, with readings', async () => {
 
 test('a patient is computed once, then answered from the cache', async () => {
   const [, id] = await shownIds()
+  // A rate that the demo's own writer never writes.
+  const vital = await record(id, 179)
+  // Once this was heard, no tier answers from before it: the next read must be computed.
+  await page.waitForSelector(`.patient-row[data-patient-id="${id}"] [data-value="heart_rate"]:has-text("179")`)
   await choose(id)
+  await page.waitForSelector('#reads li', { state: 'attached' })
+  assert.equal(await page.getAttribute('#reads li', 'data-state'), 'miss')
+  await page.waitForSelector(`#dashboard tr[data-vital-id="${vital}"]`)
   await page.click('#read-again')
   await page.waitForSelector('#reads li[data-state="hit"]', { state: 'attached' })
   assert.match(await page.locator('#cache-ms').innerText(), /^\d+(\.\d)? ms$/)
@@ -82,13 +91,13 @@ test('a new reading is heard, drops the answer, and the fresh one is cached agai
   const heardBefore = Number(await page.locator('#event-count').innerText())
 
   // A rate that the demo's own writer never writes.
-  const { rows: [{ id: vital }] } = await db.query(
-    `insert into vital_signs (patient_id, heart_rate, systolic, diastolic, respiratory_rate, spo2, temperature_c)
-     values ($1, 181, 131, 83, 17, 96, 37.1) returning id`, [id])
+  const vital = await record(id, 181)
 
   await page.waitForFunction((before) => Number(document.querySelector('#event-count').textContent) > before, heardBefore)
   await page.waitForSelector(`#dashboard tr[data-vital-id="${vital}"]`)
   assert.match(await page.locator(`#dashboard tr[data-vital-id="${vital}"]`).innerText(), /181/)
+  assert.match(await page.locator('#change-delay').innerText(), /^\d+ ms$/)
+  assert.match(await page.locator('#changes li').first().innerText(), /^\d\d:\d\d:\d\d\s*\S/)
   // Whichever read came first after the commit, by the event or by the timer, was computed; a later one is a hit.
   await readAfter(seen, 'miss')
   await readAfter(await page.evaluate((after) => Number([...document.querySelectorAll('#reads li[data-state="miss"]')]
@@ -119,10 +128,8 @@ test('seen as the patient, only the patient is there', async () => {
   await page.waitForSelector('#denied:not([hidden])')
   assert.equal(await page.getAttribute('#denied', 'data-rows'), '0', "another's cached dashboard is not given out")
 
-  const insert = `insert into vital_signs (patient_id, heart_rate, systolic, diastolic, respiratory_rate, spo2, temperature_c)
-                  values ($1, $2, 121, 80, 15, 97, 36.9) returning id`
-  const { rows: [{ id: foreign }] } = await db.query(insert, [other, 182])
-  const { rows: [{ id: vital }] } = await db.query(insert, [own, 183])
+  const foreign = await record(other, 182)
+  const vital = await record(own, 183)
   // Changes come in commit order: with the own one here, the other's is not coming.
   await page.waitForSelector(`#dashboard tr[data-vital-id="${vital}"]`)
   assert.equal(await page.locator(`[data-vital-id="${foreign}"]`).count(), 0)
@@ -133,6 +140,38 @@ test('seen as the patient, only the patient is there', async () => {
 
   await page.uncheck('#as-patient', { force: true })
   await page.waitForFunction(() => document.querySelectorAll('#ward .patient-row').length > 1)
+})
+
+test('the policy of the page lets nothing out, and no markup in', async () => {
+  const policy = (await fetch(`${walcast.url}/demo`)).headers.get('content-security-policy')
+  assert.match(policy, /default-src 'none'/)
+  assert.doesNotMatch(policy, /unsafe|\*(?!;| |$)|https?:/)
+  const refused = await page.evaluate(async () => {
+    const heard = []
+    document.addEventListener('securitypolicyviolation', ({ effectiveDirective }) => heard.push(effectiveDirective))
+    await fetch('http://127.0.0.1:9/').catch(() => {})
+    document.body.insertAdjacentHTML('beforeend', '<img src="http://127.0.0.1:9/x.png"><p style="color: red">x</p>')
+    const until = performance.now() + 10_000
+    while (heard.length < 3 && performance.now() < until) await new Promise(requestAnimationFrame)
+    return heard.sort()
+  })
+  assert.deepEqual(refused, ['connect-src', 'img-src', 'style-src-attr'])
+  // Asked for by the test itself.
+  requested = requested.filter((url) => new URL(url).port !== '9')
+  complaints = complaints.filter((text) => !/Content Security Policy/.test(text))
+})
+
+test('it is dark where the person likes it dark', async () => {
+  await page.emulateMedia({ colorScheme: 'dark' })
+  const [id] = await shownIds()
+  await choose(id)
+  await page.waitForSelector('#reads li[data-state="hit"]', { state: 'attached' })
+  const luminance = (place) => page.$eval(place, (node) => {
+    const [red, green, blue] = getComputedStyle(node).backgroundColor.match(/\d+/g).map(Number)
+    return (red + green + blue) / 3
+  })
+  assert.ok(await luminance('body') < 60 && await luminance('.panel') < 60)
+  await screenshot('dark')
 })
 
 test('a narrow screen needs no sideways scrolling', async () => {
@@ -169,7 +208,15 @@ async function idsOf(providerUserId) {
   return rows.map((row) => Number(row.id))
 }
 
+/** A reading of this heart rate, committed; answers its id. */
+async function record(patientId, heartRate) {
+  const { rows: [{ id }] } = await db.query(
+    `insert into vital_signs (patient_id, heart_rate, systolic, diastolic, respiratory_rate, spo2, temperature_c)
+     values ($1, $2, 121, 80, 15, 97, 36.9) returning id`, [patientId, heartRate])
+  return id
+}
+
 async function screenshot(name) {
   await page.screenshot({ path: `${OUT}${name}.png` })
-  if (name === 'ward' && process.env.UPDATE_SCREENSHOT === '1') await page.screenshot({ path: `${DOCS}demo.png` })
+  if (name === 'dashboard' && process.env.UPDATE_SCREENSHOT === '1') await page.screenshot({ path: `${DOCS}demo.png` })
 }

@@ -87,10 +87,10 @@ async fn canonical(
     value: &str,
 ) -> Result<String, BindingRefused> {
     let (schema, name) = (table.schema(), table.table());
-    let sql = "select format_type(a.atttypid, null), has_column_privilege(a.attrelid, a.attnum, 'select'), \
-               exists (select from pg_catalog.pg_operator o where o.oprname = '=' and o.oprleft = a.atttypid and o.oprright = a.atttypid) \
-               or t.typtype in ('d', 'e', 'r') or t.typname = 'varchar', coalesce(co.collisdeterministic, true) \
-               from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid \
+    let sql = "select format_type(a.atttypid, -1), coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), \
+               t.typtype = 'e' or coalesce(b.typname, t.typname) = any ('{bool,int2,int4,int8,oid,uuid,text,varchar,bpchar,name,numeric,float4,float8,date,time,timetz,timestamp,timestamptz,interval,bytea,inet,cidr,macaddr}'), \
+               coalesce(co.collisdeterministic, true) \
+               from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid left join pg_catalog.pg_type b on b.oid = t.typbasetype \
                join pg_catalog.pg_class c on c.oid = a.attrelid join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
                left join pg_catalog.pg_collation co on co.oid = a.attcollation \
                where n.nspname = $1 and c.relname = $2 and a.attname = $3 and a.attnum > 0 and not a.attisdropped";

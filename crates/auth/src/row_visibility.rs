@@ -15,6 +15,8 @@ use crate::rules::{Question, Rules, qualified};
 pub struct Verdicts {
     /// One for each image, in order.
     pub allowed: Vec<bool>,
+    /// False for an image that lacks a value which the question may read: nobody could be asked.
+    pub told: Vec<bool>,
     pub snapshot: Snapshot,
     /// Every commit that the snapshot sees lies before this.
     pub wal_insert: Lsn,
@@ -49,6 +51,7 @@ pub async fn ask(
     }
     let mut answers = answers.into_iter();
     Ok(Verdicts {
+        told: texts.iter().map(Option::is_some).collect(),
         allowed: texts.iter().map(|text| text.is_some() && answers.next().unwrap_or(false)).collect(),
         snapshot: row.get::<_, &str>(2).parse().map_err(|e| unexpected(&format!("{e}")))?,
         wal_insert: row.get::<_, &str>(3).parse().map_err(|e| unexpected(&format!("{e}")))?,

@@ -45,7 +45,7 @@ pub struct Question {
 const DOING: &str = "reading the rules of a table";
 
 const TABLE: &str = "
-select n.nspname::text, c.relname::text, row_security_active(c.oid), has_schema_privilege(n.oid, 'usage'),
+select n.nspname::text, c.relname::text, coalesce(row_security_active(c.oid), true), coalesce(has_schema_privilege(n.oid, 'usage'), false),
        pg_current_snapshot()::text, c.xmin::text, age(c.xmin) = 2147483647,
        p.puballtables is not null, p.pubinsert, p.pubupdate, p.pubdelete, pt.attnames::text[], pt.rowfilter
 from pg_catalog.pg_class c
@@ -56,14 +56,14 @@ left join pg_catalog.pg_publication p on p.pubname = pt.pubname
 where c.oid = $1::int8::oid";
 
 const COLUMNS: &str = "
-select a.attname::text, has_column_privilege(a.attrelid, a.attnum, 'select'), a.xmin::text, age(a.xmin) = 2147483647
+select a.attname::text, coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), a.xmin::text, age(a.xmin) = 2147483647
 from pg_catalog.pg_attribute a
 where a.attrelid = $1::int8::oid and a.attnum > 0 and not a.attisdropped
 order by a.attnum";
 
 const POLICIES: &str = "
-select p.polpermissive, coalesce(pg_get_expr(p.polqual, p.polrelid), 'true'), p.xmin::text, age(p.xmin) = 2147483647,
-       p.polroles = '{0}' or exists (select from unnest(p.polroles) r where r <> 0 and pg_has_role(current_user, r, 'usage'))
+select p.polpermissive, pg_get_expr(p.polqual, p.polrelid), p.xmin::text, age(p.xmin) = 2147483647,
+       p.polroles = '{0}' or exists (select from unnest(p.polroles) r where r <> 0 and coalesce(pg_has_role(current_user, r, 'usage'), false))
 from pg_catalog.pg_policy p
 where p.polrelid = $1::int8::oid and p.polcmd in ('*', 'r')
 order by p.polname";
@@ -175,7 +175,9 @@ async fn policies(
         if !row.get::<_, bool>(4) {
             continue;
         }
-        let expression = format!("coalesce(({}), false)", row.get::<_, &str>(1));
+        // Without USING a permissive policy admits no row and a restrictive one forbids none.
+        let Some(expression) = row.get::<_, Option<&str>>(1) else { continue };
+        let expression = format!("coalesce(({expression}), false)");
         if row.get(0) { permissive.push(expression) } else { restrictive.push(expression) }
     }
     if permissive.is_empty() {
@@ -220,7 +222,8 @@ async fn reads(
     question.needs.dedup();
     // A sub-select over the table itself looks in pg_depend like the row's own columns.
     for row in client.query_typed(POLICIES, by_table).await.map_err(PgError::when(DOING))? {
-        question.reads_anything |= whole_row || mentions_itself(row.get(1), client, by_table).await?;
+        question.reads_anything |=
+            whole_row || mentions_itself(row.get::<_, Option<&str>>(1).unwrap_or_default(), client, by_table).await?;
     }
     Ok(question)
 }
@@ -257,13 +260,16 @@ impl Changed {
     }
 }
 
-/// Changes whenever a policy, privilege, role membership, function or publication changed anywhere:
+/// Changes whenever a policy, privilege, role membership, function, view, key, index, column or publication changed anywhere:
 /// asked every second, for what the stream does not tell.
 pub async fn rules_fingerprint(client: &tokio_postgres::Client) -> Result<String, PgError> {
-    const SQL: &str = "select md5(concat_ws('|',
+    // Temporary tables come and go with sessions and are nobody's to cache.
+    const SQL: &str = "with mine as materialized (
+          select oid, relacl, relrowsecurity, relforcerowsecurity, relowner from pg_catalog.pg_class
+          where relkind in ('r', 'p', 'v') and oid >= 16384 and relpersistence <> 't')
+        select md5(concat_ws('|',
         (select string_agg(oid::text || xmin::text, ',' order by oid) from pg_catalog.pg_policy),
-        (select string_agg(oid::text || coalesce(relacl::text, '') || relrowsecurity || relforcerowsecurity || relowner, ',' order by oid)
-           from pg_catalog.pg_class where relkind in ('r', 'p', 'v') and oid >= 16384),
+        (select string_agg(oid::text || coalesce(relacl::text, '') || relrowsecurity || relforcerowsecurity || relowner, ',' order by oid) from mine),
         (select string_agg(attrelid::text || attnum || attacl::text, ',' order by attrelid, attnum) from pg_catalog.pg_attribute where attacl is not null and attrelid >= 16384),
         (select string_agg(oid::text || coalesce(nspacl::text, ''), ',' order by oid) from pg_catalog.pg_namespace where nspname !~ '^pg_(temp|toast)'),
         (select string_agg(roleid::text || '>' || member || xmin::text, ',' order by roleid, member) from pg_catalog.pg_auth_members),
@@ -271,7 +277,11 @@ pub async fn rules_fingerprint(client: &tokio_postgres::Client) -> Result<String
         (select string_agg(oid::text || xmin::text, ',' order by oid) from pg_catalog.pg_proc where oid >= 16384),
         (select string_agg(oid::text || xmin::text, ',' order by oid) from pg_catalog.pg_publication),
         (select string_agg(oid::text || xmin::text, ',' order by oid) from pg_catalog.pg_publication_rel),
-        (select string_agg(indexrelid::text || indkey::text, ',' order by indexrelid) from pg_catalog.pg_index where indrelid >= 16384)))";
+        (select string_agg(indexrelid::text || indkey::text, ',' order by indexrelid) from pg_catalog.pg_index join mine on oid = indrelid),
+        (select string_agg(c.oid::text || conkey::text, ',' order by c.oid) from pg_catalog.pg_constraint c join mine on mine.oid = conrelid where contype = 'f'),
+        (select string_agg(r.oid::text || r.xmin::text, ',' order by r.oid) from pg_catalog.pg_rewrite r join mine on mine.oid = ev_class),
+        (select bit_xor(hashtextextended(concat_ws(' ', attrelid, attnum, attname, atttypid, attcollation, attisdropped), 0))
+           from pg_catalog.pg_attribute join mine on oid = attrelid where attnum > 0)))";
     let rows = client.query_typed(SQL, &[]).await.map_err(PgError::when("comparing rules"))?;
     Ok(rows.first().map(|row| row.get(0)).unwrap_or_default())
 }

@@ -157,7 +157,12 @@ impl Judge {
     pub(crate) fn contains(&self, entry: &Entry, at_least: AtLeast) -> bool {
         match at_least {
             AtLeast::Any => true,
-            AtLeast::Xid(xid) => entry.fence.snapshot.sees(xid),
+            // Put after the application's own write, an entry has no snapshot: its W says which of the commits on its
+            // tags it contains.
+            AtLeast::Xid(xid) => {
+                let within = |tag| self.clock.raised_by(tag, xid).is_some_and(|lsn| lsn <= entry.fence.settled);
+                entry.fence.snapshot.sees(xid) || entry.tag_hashes.iter().any(|tag| within(*tag))
+            }
             AtLeast::Lsn(lsn) => {
                 entry.fence.settled >= lsn
                     || (self.invalidated_to() >= lsn && self.clock.admits_until(&entry.fence, &entry.tag_hashes, lsn))

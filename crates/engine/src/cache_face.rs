@@ -1,6 +1,7 @@
 //! A read enters: who may use a namespace, how fresh it must be, tickets, puts, and invalidation by hand.
 
 use std::{
+    collections::HashMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,8 +10,8 @@ use rand::Rng;
 use tokio_postgres::types::Type;
 use tokio_util::sync::CancellationToken;
 use walcast_cache::{AtLeast, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
-use walcast_model::{CacheKey, Claims, Fence, Position, Snapshot, TableName, Tag, Xid};
-use walcast_pg::PgError;
+use walcast_model::{CacheKey, Claims, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
+use walcast_pg::{ColumnFacts, PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 
 use crate::{Core, Engine, config::Deaf};
@@ -63,8 +64,8 @@ pub enum PutFailure {
     )]
     TicketRequired(String),
     #[error("{0} is not raised by commits: {1}")]
-    UntrackedTag(Tag, &'static str),
-    #[error("transaction {0} has not touched the value's tags, as far as the stream tells")]
+    UntrackedTag(Tag, String),
+    #[error("transaction {0} has not touched each of the value's tags, as far as the stream tells")]
     UnknownTransaction(u64),
     #[error(transparent)]
     Database(#[from] PgError),
@@ -116,14 +117,12 @@ impl Engine {
         let core = &self.core;
         let namespace = core.cache.namespace(key.namespace());
         let external = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?.external;
-        if !external {
-            core.check_tags(&value.tags).await?;
-        }
+        let of_tables = if external { Vec::new() } else { core.check_tags(&value.tags).await? };
         let fence = match written {
             Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
             Written::External if external => core.cache.external_fence(),
             Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
-            Written::By(xid) => core.fence_of(Xid(xid), &value.tags).await?,
+            Written::By(xid) => core.fence_of(Xid(xid), &of_tables).await?,
         };
         Ok(core.cache.put(key, value, fence)?)
     }
@@ -142,20 +141,17 @@ impl Engine {
         let mut echo = core.echoes.listen(&id);
         let doing = "writing an invalidation";
         let lease = core.pool.lease(doing).await?;
-        let (text, prefix) = (message.text(), PREFIX);
-        lease.batch_execute("begin; set local synchronous_commit = local").await.map_err(PgError::when(doing))?;
-        let written = lease
-            .query_typed("select pg_logical_emit_message(true, $1, $2)", &[(&prefix, Type::TEXT), (&text, Type::TEXT)])
-            .await
-            .map_err(PgError::when(doing));
-        let ended = lease.batch_execute(if written.is_ok() { "commit" } else { "rollback" }).await.map_err(PgError::when(doing));
-        if ended.is_err() {
+        // One statement string: a caller who goes away in the middle leaves no transaction open behind him.
+        let sql = format!(
+            "begin; set local synchronous_commit = local; select pg_logical_emit_message(true, {}, {}); commit",
+            quote_literal(PREFIX),
+            quote_literal(&message.text())
+        );
+        if let Err(error) = lease.batch_execute(&sql).await {
             lease.discard();
-        } else {
-            drop(lease);
+            return Err(PgError::from_driver(doing, error).into());
         }
-        written?;
-        ended?;
+        drop(lease);
         let heard = tokio::time::timeout(WAIT_FOR_STREAM, echo.heard()).await.ok().flatten();
         let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
         Ok(Invalidated { position: Position { epoch: core.progress.epoch(), lsn, index }, tags: count })
@@ -207,7 +203,9 @@ impl Core {
         let floor = self.clock.floor();
         let until = Instant::now() + WAIT_FOR_STREAM;
         loop {
-            if let Some(lsn) = tags.iter().find_map(|tag| self.clock.raised_by(tag.hash(), xid))
+            // Each of its tables' tags: of rows that it did not write, a transaction can vouch for nothing.
+            let raised: Option<Vec<Lsn>> = tags.iter().map(|tag| self.clock.raised_by(tag.hash(), xid)).collect();
+            if let Some(lsn) = raised.and_then(|raised| raised.into_iter().max())
                 && lsn <= self.progress.settled()
             {
                 return Ok(Fence { snapshot: Snapshot::blind(), settled: lsn, floor });
@@ -219,54 +217,70 @@ impl Core {
         }
     }
 
-    /// A tag that looks like a table's must be one that commits raise, or the value would never fall.
-    async fn check_tags(&self, tags: &[Tag]) -> Result<(), PutFailure> {
+    /// A tag that looks like a table's must be one that commits raise, spelled as they spell it, or the value would
+    /// never fall. Answers the tags that are a table's.
+    async fn check_tags(&self, tags: &[Tag]) -> Result<Vec<Tag>, PutFailure> {
+        let mut of_tables = Vec::new();
         for tag in tags {
-            let (table, column) = match tag.row_parts() {
-                Some((table, column, _)) => (table, Some(column)),
+            let (table, row) = match tag.row_parts() {
+                Some((table, column, value)) => (table, Some((column, value))),
                 None => (tag.as_str(), None),
             };
             let table = TableName::parse(table);
-            let facts = self.tracked(&table).await?;
-            let refused = |why| Err(PutFailure::UntrackedTag(tag.clone(), why));
-            match (facts, column) {
-                // No such table: a tag of the application's own.
-                (None, _) => {}
-                (Some(facts), _) if !facts.published => {
-                    return refused("the table is not in the cache's publication; `walcast migrate` adds it");
-                }
-                (Some(facts), Some(column)) if !facts.columns.iter().any(|known| known == column) => {
-                    return refused(
-                        "the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag",
-                    );
-                }
-                _ => {}
+            // No such table: a tag of the application's own.
+            let Some(facts) = self.tracked(&table).await? else { continue };
+            let refused = |why: &str| Err(PutFailure::UntrackedTag(tag.clone(), why.to_owned()));
+            if !facts.published {
+                return refused("the table is not in the cache's publication; `walcast migrate` adds it");
+            }
+            let raised = match row {
+                None => Some(Tag::table(&table)),
+                Some((column, value)) => match facts.columns.iter().find(|known| known.name == column) {
+                    Some(known) => as_streamed(&known.type_name, value)
+                        .map(|value| Tag::stored(&format!("{}:{column}={value}", Tag::table(&table)))),
+                    None => {
+                        return refused(
+                            "the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag",
+                        );
+                    }
+                },
+            };
+            match raised {
+                Some(raised) if raised == *tag => of_tables.push(raised),
+                Some(raised) => return refused(&format!("commits spell it {raised}")),
+                None => return refused("no row can have that value"),
             }
         }
-        Ok(())
+        Ok(of_tables)
     }
 
     async fn tracked(&self, table: &TableName) -> Result<Option<Tracked>, PgError> {
-        if let Some((tracked, at)) = self.tracked.lock().get(table)
-            && at.elapsed() < Duration::from_secs(5)
-        {
-            return Ok(tracked.clone());
-        }
+        let generation = {
+            let book = self.tracked.lock();
+            if let Some((tracked, at)) = book.known.get(table)
+                && at.elapsed() < Duration::from_secs(5)
+            {
+                return Ok(tracked.clone());
+            }
+            book.generation
+        };
         let tracked = match self.catalog.table_id(table).await? {
             None => None,
             Some(id) => {
-                let facts = self.catalog.table(id).await?;
-                let columns = facts.map(|facts| facts.columns.into_iter().filter(|c| c.tagged).map(|c| c.name).collect());
-                let published = self.is_published(table).await?;
-                Some(Tracked { published, columns: columns.unwrap_or_default() })
+                let columns = self.catalog.table(id).await?.map(|facts| facts.columns).unwrap_or_default();
+                let columns = columns.into_iter().filter(|column| column.tagged && !column.generated).collect();
+                Some(Tracked { published: self.is_published(table).await?, columns })
             }
         };
-        let mut known = self.tracked.lock();
+        let mut book = self.tracked.lock();
         // Names come from callers: the map must not grow with what they invent.
-        if known.len() >= 1_000 {
-            known.clear();
+        if book.known.len() >= 1_000 {
+            book.known.clear();
         }
-        known.insert(table.clone(), (tracked.clone(), Instant::now()));
+        // Redefined while we read: it serves this caller, whose ticket is older than that, and nobody else.
+        if book.generation == generation {
+            book.known.insert(table.clone(), (tracked.clone(), Instant::now()));
+        }
         Ok(tracked)
     }
 
@@ -286,7 +300,37 @@ impl Core {
 #[derive(Debug, Clone)]
 pub struct Tracked {
     published: bool,
-    columns: Vec<String>,
+    columns: Vec<ColumnFacts>,
+}
+
+/// What was read of the catalog lately, for the tags of puts.
+#[derive(Default)]
+pub struct TrackedTables {
+    known: HashMap<TableName, (Option<Tracked>, Instant)>,
+    /// Counts redefinitions: what was read before one is not kept after it.
+    generation: u64,
+}
+
+impl TrackedTables {
+    pub fn forget(&mut self, table: &TableName) {
+        self.generation += 1;
+        self.known.remove(table);
+    }
+}
+
+/// A tag's value as the stream prints a column of this type; none if no row can have it.
+fn as_streamed(type_name: &str, value: &str) -> Option<String> {
+    match type_name {
+        "int2" | "int4" | "int8" => value.parse::<i64>().ok().map(|number| number.to_string()),
+        "bool" => matches!(value, "t" | "f").then(|| value.to_owned()),
+        "uuid" => {
+            let hyphen = |at: usize| matches!(at, 8 | 13 | 18 | 23);
+            let fits = |(at, c): (usize, char)| if hyphen(at) { c == '-' } else { c.is_ascii_hexdigit() };
+            (value.len() == 36 && value.char_indices().all(fits)).then(|| value.to_ascii_lowercase())
+        }
+        // A bare star is what unknown rows raise; as a value it is written %2A.
+        _ => (value != "*").then(|| value.to_owned()),
+    }
 }
 
 /// Lets expired rows of L2 go, once a minute.

@@ -19,7 +19,6 @@ mod subscriptions;
 mod visibility;
 
 use std::{
-    collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{
         Arc,
@@ -31,12 +30,12 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use rand::Rng;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use walcast_auth::Tokens;
 use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config, NamespaceConfig};
 use walcast_hub::ReplayRing;
-use walcast_model::{Fence, Floor, Lsn, TableName, TagClock};
+use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
 
@@ -54,7 +53,7 @@ pub use walcast_model as model;
 pub use walcast_pg::{ConnectConfig, ConnectError as DatabaseUrlError};
 
 use crate::{
-    cache_face::Tracked,
+    cache_face::TrackedTables,
     echoes::Echoes,
     metrics::Metrics,
     pipeline::{Remembered, acknowledge, announce, intake::IntakeTask, settle},
@@ -76,6 +75,8 @@ pub enum EngineError {
     Stream(#[from] StreamError),
     #[error("{0}")]
     NotReady(#[from] doctor::NotReady),
+    #[error("the database was rewound: it has written up to {flushed}, and {handled} was handled here already")]
+    Rewound { handled: Lsn, flushed: Lsn },
     #[error("{0}")]
     Queries(String),
 }
@@ -93,22 +94,27 @@ pub struct Core {
     pub(crate) progress: Progress,
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
+    /// Replays that run at once.
+    pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
     pub(crate) echoes: Echoes,
     pub(crate) metrics: Metrics,
     pub(crate) standing: Mutex<Option<Standing>>,
     pub(crate) fingerprint: Mutex<String>,
+    hearing: Mutex<()>,
     pub(crate) shared_fence: Mutex<Option<(Fence, Instant)>>,
-    pub(crate) tracked: Mutex<HashMap<TableName, (Option<Tracked>, Instant)>>,
+    pub(crate) tracked: Mutex<TrackedTables>,
     /// What the doctor warned of at the start.
     pub(crate) warnings: Mutex<Vec<String>>,
     /// Somebody waits for the stream to pass what is written but not flushed.
     pub(crate) nudge: Notify,
+    /// PostgreSQL is shutting down: the stream must go, or the shutdown would wait for it.
+    pub(crate) server_leaves: Notify,
     /// Our heartbeats carry it: nobody else's make us believe that we hear.
     pub(crate) nonce: String,
     nonces: AtomicU64,
     pub(crate) acknowledge_bytes: u64,
-    started: Instant,
+    pub(crate) started: Instant,
 }
 
 /// Cheap to clone; [`Engine::stop`] ends its tasks.
@@ -124,6 +130,7 @@ pub struct Engine {
 const LEASE_WAIT: Duration = Duration::from_secs(5);
 /// Connections outside the pool: replication, sampler, keeper, and one to attach or invalidate.
 const OWN_CONNECTIONS: usize = 4;
+const REPLAYS: usize = 4;
 /// Messages between stages; their bytes are bounded by the intake's room.
 const STAGE_QUEUE: usize = 4_096;
 
@@ -149,15 +156,18 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
+            replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             echoes: Echoes::default(),
             metrics: Metrics::register(),
             standing: Mutex::new(None),
             fingerprint: Mutex::default(),
+            hearing: Mutex::new(()),
             shared_fence: Mutex::new(None),
             tracked: Mutex::default(),
             warnings: Mutex::new(warnings),
             nudge: Notify::new(),
+            server_leaves: Notify::new(),
             nonce: format!("{:032x}", rand::rng().random::<u128>()),
             nonces: AtomicU64::new(0),
             started: Instant::now(),
@@ -232,7 +242,10 @@ impl Core {
 
     /// Fresh only while we hear ourselves.
     pub(crate) fn hearing_changed(&self) {
-        let heard = self.progress.heard_ago().is_some_and(|ago| ago <= self.config.cache.max_staleness);
+        // One at a time: who saw us hear must not overrule who has just seen the stream go.
+        let _one = self.hearing.lock();
+        let caught_up = self.progress.read_to() >= self.progress.catch_up();
+        let heard = caught_up && self.progress.heard_ago().is_some_and(|ago| ago <= self.config.cache.max_staleness);
         match (heard, self.cache.hearing()) {
             (true, Hearing::Lost { .. }) => self.cache.set_hearing(Hearing::Live),
             (false, Hearing::Live) => self.cache.set_hearing(Hearing::Lost { since_ms: now_ms() }),

@@ -3,7 +3,7 @@
 //! Order of the marks: read ≥ invalidated ≥ settled = taken ≥ announced.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -33,6 +33,7 @@ pub struct Progress {
     /// WAL that was flushed when the stream was last opened: until it is read we are catching up.
     catch_up: AtomicU64,
     unsettled: Mutex<Option<Unsettled>>,
+    intake_waits: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,6 +57,7 @@ impl Default for Progress {
             heard: Mutex::new(None),
             catch_up: AtomicU64::new(0),
             unsettled: Mutex::new(None),
+            intake_waits: AtomicBool::new(false),
         }
     }
 }
@@ -146,15 +148,16 @@ impl Progress {
         self.stream.send_replace(state);
     }
 
-    pub fn note_heard(&self) {
-        *self.heard.lock() = Some(Instant::now());
+    /// Our heartbeat written at this instant has come back.
+    pub fn note_heard(&self, written: Instant) {
+        *self.heard.lock() = Some(written);
     }
 
     pub fn note_deaf(&self) {
         *self.heard.lock() = None;
     }
 
-    /// How long ago our own heartbeat came back; none while the stream is lost.
+    /// How old our newest heartbeat is that came back; none while the stream is lost.
     pub fn heard_ago(&self) -> Option<Duration> {
         self.heard.lock().map(|at| at.elapsed())
     }
@@ -165,6 +168,15 @@ impl Progress {
 
     pub fn note_catch_up(&self, lsn: Lsn) {
         self.catch_up.store(lsn.0, Ordering::Release);
+    }
+
+    /// The intake waits for room behind it: whoever waits for the stream to go on would wait for himself.
+    pub fn intake_waits(&self) -> bool {
+        self.intake_waits.load(Ordering::Acquire)
+    }
+
+    pub fn note_intake_waits(&self, waits: bool) {
+        self.intake_waits.store(waits, Ordering::Release);
     }
 
     pub fn unsettled(&self) -> Option<Unsettled> {

@@ -5,16 +5,19 @@
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
-use walcast_cache::{ComputeError, ComputeOptions, Computed, Source, etag};
-use walcast_model::{Claims, Fence, Position, TableName};
+use walcast_cache::{AtLeast, ComputeError, ComputeOptions, Computed, Source, etag};
+use walcast_model::{Claims, Fence, Position, TableName, Tag};
 use walcast_pg::Pool;
 use walcast_query::{Queries, QueryError, load_dir};
 
-use crate::{Engine, EngineConfig, cache_face::Freshness, pipeline::acknowledge::rules_tag};
+use crate::{Core, Engine, EngineConfig, cache_face::Freshness, pipeline::acknowledge::rules_tag};
+
+/// A commit that was asked for and is not visible in this time will not be waited for.
+const WAIT_FOR_FRESH: Duration = Duration::from_secs(5);
 
 /// The loaded files and their plans.
 pub struct CachedQueries {
@@ -93,20 +96,20 @@ impl Engine {
         let ttl = queries.get(name).map_err(|error| failure(&error))?.ttl;
         let ttl = plan.max_age.map_or(ttl, |max_age| ttl.min(max_age));
         let Some(at_least) = core.at_least(freshness).await else {
-            return Err(QueryFailure {
-                status: 503,
-                code: "not_that_fresh",
-                message: "the stream has not come to the position that was asked for".into(),
-                hint: "try again, or ask for a position of this epoch".into(),
-            });
+            return Err(not_that_fresh());
         };
         // What a hit contains: everything that had been invalidated when it was looked up.
         let invalidated = core.progress.invalidated();
         let compute = || async {
             let (floor, settled) = (core.clock.floor(), core.progress.settled());
-            let (answer, _) = queries.run(name, claims, params).await.map_err(Arc::new)?;
+            let (answer, plan) = queries.run(name, claims, params).await.map_err(Arc::new)?;
             let fence = Fence { snapshot: answer.snapshot, settled, floor };
             let mut tags = answer.tags;
+            // The plan is younger than what had settled: a commit that the snapshot did not see may have been streamed
+            // before the column that the plan narrows by was raised.
+            if settled < plan.made_at {
+                tags.extend(plan.dependencies.iter().map(|dependency| Tag::table(&dependency.table)));
+            }
             tags.push(rules_tag());
             Ok::<_, Arc<QueryError>>(Computed {
                 value: answer.body,
@@ -117,15 +120,8 @@ impl Engine {
             })
         };
         if let Err(reason) = &plan.cacheable {
-            let computed = compute().await.map_err(|error| failure(&error))?;
-            return Ok(QueryAnswer {
-                etag: etag(&computed.value, "application/json"),
-                body: computed.value,
-                how: How::Computed { shared: false, not_stored: Some(format!("{}: {reason}", reason.code())) },
-                age: Duration::ZERO,
-                ttl: Duration::ZERO,
-                position: Position { epoch: core.progress.epoch(), lsn: computed.fence.settled, index: 0 },
-            });
+            let computed = fresh_enough(compute, at_least).await?;
+            return Ok(core.uncached(computed, format!("{}: {reason}", reason.code())));
         }
         let options =
             ComputeOptions { ttl: Some(ttl), at_least, timeout: core.queries.timeout + Duration::from_secs(5), grace: false };
@@ -137,24 +133,12 @@ impl Engine {
                 message: format!("query `{name}` was not answered within {after_ms} ms"),
                 hint: "ask for less, add an index, or raise database.statement_timeout".into(),
             },
-            ComputeError::Behind => QueryFailure {
-                status: 503,
-                code: "not_that_fresh",
-                message: "no answer was certain to be as fresh as was asked for".into(),
-                hint: "try again in a moment".into(),
-            },
+            ComputeError::Behind => not_that_fresh(),
         })?;
         // Rows under row security are never answered stale: a loss of the stream computes.
         if answer.stale.is_some() {
-            let computed = compute().await.map_err(|error| failure(&error))?;
-            return Ok(QueryAnswer {
-                etag: etag(&computed.value, "application/json"),
-                body: computed.value,
-                how: How::Computed { shared: false, not_stored: Some("not_hearing".into()) },
-                age: Duration::ZERO,
-                ttl: Duration::ZERO,
-                position: Position { epoch: core.progress.epoch(), lsn: computed.fence.settled, index: 0 },
-            });
+            let computed = fresh_enough(compute, at_least).await?;
+            return Ok(core.uncached(computed, "not_hearing".into()));
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
         let (how, lsn) = match answer.source {
@@ -172,6 +156,52 @@ impl Engine {
             ttl: answer.entry.ttl(now),
             position: Position { epoch: core.progress.epoch(), lsn, index: 0 },
         })
+    }
+}
+
+impl Core {
+    fn uncached(&self, computed: Computed, why: String) -> QueryAnswer {
+        QueryAnswer {
+            etag: etag(&computed.value, "application/json"),
+            body: computed.value,
+            how: How::Computed { shared: false, not_stored: Some(why) },
+            age: Duration::ZERO,
+            ttl: Duration::ZERO,
+            position: Position { epoch: self.progress.epoch(), lsn: computed.fence.settled, index: 0 },
+        }
+    }
+}
+
+/// Computes until the answer's own snapshot contains what was asked for: a commit may be streamed, and so waited for,
+/// before it is visible.
+async fn fresh_enough<Fut>(compute: impl Fn() -> Fut, at_least: AtLeast) -> Result<Computed, QueryFailure>
+where
+    Fut: Future<Output = Result<Computed, Arc<QueryError>>>,
+{
+    let until = Instant::now() + WAIT_FOR_FRESH;
+    loop {
+        let computed = compute().await.map_err(|error| failure(&error))?;
+        let contains = match at_least {
+            AtLeast::Any => true,
+            AtLeast::Xid(xid) => computed.fence.snapshot.sees(xid),
+            AtLeast::Lsn(lsn) => computed.fence.settled >= lsn,
+        };
+        if contains {
+            return Ok(computed);
+        }
+        if Instant::now() >= until {
+            return Err(not_that_fresh());
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn not_that_fresh() -> QueryFailure {
+    QueryFailure {
+        status: 503,
+        code: "not_that_fresh",
+        message: "no answer was certain to be as fresh as was asked for".into(),
+        hint: "try again in a moment; a position must be of this epoch".into(),
     }
 }
 

@@ -13,7 +13,7 @@ use walcast_protocol::sse;
 
 use crate::{
     Core, Engine,
-    pipeline::announce::{frames, resync_frame},
+    pipeline::announce::{CANDIDATES, frames, resync_frame},
     subscriptions::{Shape, SubscriptionHandle, Wanted},
     visibility::Candidate,
 };
@@ -99,7 +99,7 @@ impl Engine {
         let noted = core.progress.taken();
         let Some(cursor) = request.after else {
             // What was flushed before the stream was attached was committed before this subscription began.
-            let after = noted.place().max((core.progress.catch_up(), 0));
+            let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
             let position = Position { lsn: after.0, index: after.1, ..noted };
             return Ok(Opened { handle, opening: Opening::Live, position, replay: Vec::new(), after });
         };
@@ -130,6 +130,11 @@ async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, Su
 
 /// The frames between cursor and noted position, or why they cannot be given.
 async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Vec<Bytes>, &'static str> {
+    // Many come back at once: a few are replayed at a time, the others wait.
+    let _turn = core.replays.acquire().await;
+    if core.progress.unsettled().is_some() {
+        return Err("unsettled");
+    }
     if cursor.epoch != noted.epoch {
         return Err("the position is from another epoch");
     }
@@ -141,12 +146,15 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
     let index = handle.subscriber.own_index();
     let mut candidates = Vec::new();
     let mut found = Vec::new();
+    let mut replay = Replay { frames: Vec::new(), bytes: 0, limit_bytes: core.config.realtime.outbox_bytes / 4 * 3 };
     for commit in commits.iter().filter(|commit| commit.commit.lsn <= noted.lsn) {
         let items = match &commit.commit.scope {
             Scope::Whole(items) => items,
             Scope::TooLarge { tables, .. } => {
+                found.clear();
                 tables.iter().for_each(|table| index.of_table(table, &mut found));
-                if !found.is_empty() && commit.commit.lsn >= cursor.lsn {
+                // Who was told so already stands behind it.
+                if !found.is_empty() && (commit.commit.lsn, commit.commit.end_index()) > cursor.place() {
                     return Err("transaction too large");
                 }
                 continue;
@@ -159,6 +167,9 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
             }
             found.clear();
             index.subscriptions(change, &mut found);
+            if candidates.len() >= CANDIDATES {
+                replay.add(core, std::mem::take(&mut candidates)).await?;
+            }
             if !found.is_empty() {
                 let subscriber: Arc<_> = handle.subscriber.clone();
                 let client_ids = subscriber.client_ids(&found);
@@ -166,7 +177,25 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
             }
         }
     }
-    Ok(frames(core, candidates).await.into_iter().map(|(_, _, frame)| frame).collect())
+    replay.add(core, candidates).await?;
+    Ok(replay.frames)
+}
+
+/// What one client may be replayed is less than its outbox holds: more would only close it again, for ever.
+struct Replay {
+    frames: Vec<Bytes>,
+    bytes: usize,
+    limit_bytes: usize,
+}
+
+impl Replay {
+    async fn add(&mut self, core: &Core, candidates: Vec<Candidate<'_>>) -> Result<(), &'static str> {
+        for (_, _, frame) in frames(core, candidates).await {
+            self.bytes += frame.len() + 64;
+            self.frames.push(frame);
+        }
+        if self.bytes > self.limit_bytes { Err("more was missed than can be replayed at once") } else { Ok(()) }
+    }
 }
 
 /// For connections that end a subscription themselves.

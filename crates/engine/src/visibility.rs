@@ -8,13 +8,13 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
 use walcast_auth::{RowRule, Rules, row_visibility};
-use walcast_model::{Cell, Change, Claims, Item, Operation, Row, Scope, TableId, Tag, TagHash};
+use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, Tag, TagHash};
 
 use crate::{
     Core,
@@ -230,13 +230,17 @@ async fn ask(
         if (!decides.is_empty() || question.reads_anything) && !heard_of(core, answer.wal_insert).await {
             return Err("authorisation unsure");
         }
-        for ((at, is_new, ..), allowed) in batch.iter().zip(&answer.allowed) {
+        for (((at, is_new, ..), allowed), told) in batch.iter().zip(&answer.allowed).zip(&answer.told) {
             let lsn = group.changes[*at].0.commit.lsn;
             // An allow from a later snapshot serves this commit only if nothing that decides it was touched in between.
             let moved = decides.iter().any(|tag| core.clock.seen_after(*tag, lsn, &answer.snapshot))
                 || (question.reads_anything && core.clock.seen_after(any_change(), lsn, &answer.snapshot));
             if moved {
                 verdicts[*at] = Verdict::Unsure("authorisation moved");
+            }
+            if *is_new && !*told {
+                verdicts[*at] =
+                    Verdict::Unsure("a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it");
             }
             if *is_new {
                 new_allowed[*at] = *allowed;
@@ -276,8 +280,17 @@ async fn heard_of(core: &Core, wal_insert: walcast_model::Lsn) -> bool {
     }
     // WAL of asynchronous commits is flushed, and so streamed, only a while later: ask for it.
     core.nudge.notify_one();
-    core.progress.wait_read(wal_insert, ASK_TIMEOUT).await
+    let until = Instant::now() + ASK_TIMEOUT;
+    while Instant::now() < until && !core.progress.intake_waits() {
+        if core.progress.wait_read(wal_insert, LOOK_AGAIN).await {
+            return true;
+        }
+    }
+    false
 }
+
+/// While waiting for the stream: does the intake still go on?
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Doubt {
@@ -308,6 +321,10 @@ fn moved_with(question: &walcast_auth::Question, commit: &Remembered, change: &C
 /// The old key is in the new row, which they may see.
 fn same_key(change: &Change) -> bool {
     let (Some(new), Some(old)) = (&change.new, &change.old) else { return false };
+    // With the full old row every column counts as key: that would tell that nothing has changed.
+    if change.table.identity == ReplicaIdentity::Full {
+        return false;
+    }
     let mut keys = change.table.columns.iter().enumerate().filter(|(_, column)| column.key);
     keys.all(|(index, _)| matches!(old.cell(index), Cell::Value(_)) && old.cell(index) == new.cell(index))
 }

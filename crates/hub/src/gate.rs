@@ -85,9 +85,11 @@ impl Gate {
     /// Sends `first` (the join's answer, the replay), then what was held above `after`, and opens for good.
     pub fn release(&self, after: Place, first: impl IntoIterator<Item = Bytes>) {
         let mut state = self.state.lock();
-        first.into_iter().for_each(|frame| {
-            self.outbox.push(frame);
-        });
+        if !first.into_iter().all(|frame| self.outbox.push_or_end(frame)) {
+            // The rest and what was held come after the client's next return.
+            *state = State::Open { after };
+            return;
+        }
         let mut last = after;
         if let State::Holding { frames, .. } = std::mem::replace(&mut *state, State::Open { after }) {
             for (place, frame) in frames.into_iter().filter(|(place, _)| place.is_none_or(|place| place > after)) {

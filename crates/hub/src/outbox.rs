@@ -49,17 +49,18 @@ pub fn outbox(limit_bytes: usize) -> (Outbox, OutboxReader) {
 }
 
 impl Outbox {
-    /// False if the outbox is closed, also by this very frame.
+    /// False if the outbox is closed, also by this very frame. A frame is taken as long as less than the limit waits
+    /// before it, however large it is: else it could never be sent, and its client would come back for it for ever.
     pub fn push(&self, frame: Bytes) -> bool {
         let mut state = self.0.state.lock();
         if state.closed.is_some() {
             return false;
         }
-        state.bytes += frame.len() + FRAME_BYTES;
-        if state.bytes > self.0.limit_bytes {
-            let queued_bytes = state.bytes;
+        if state.bytes >= self.0.limit_bytes {
+            let queued_bytes = state.bytes + frame.len();
             close(&mut state, CloseReason::Slow { queued_bytes });
         } else {
+            state.bytes += frame.len() + FRAME_BYTES;
             state.frames.push_back(frame);
         }
         let open = state.closed.is_none();
@@ -67,6 +68,20 @@ impl Outbox {
         drop(state);
         self.0.wake.notify_one();
         open
+    }
+
+    /// As [`Outbox::push`], but for what is owed to a client that came back: where it is more than fits, the client still
+    /// gets what is queued, then the connection ends, and it comes back for the rest from further on.
+    pub fn push_or_end(&self, frame: Bytes) -> bool {
+        let mut state = self.0.state.lock();
+        if state.closed.is_none() && state.bytes >= self.0.limit_bytes {
+            state.closed = Some(CloseReason::Ended("more is waiting than fits: reconnect to resume from the last position"));
+            drop(state);
+            self.0.wake.notify_one();
+            return false;
+        }
+        drop(state);
+        self.push(frame)
     }
 
     /// What is queued is dropped; the reader gets the reason next.
@@ -139,6 +154,26 @@ mod tests {
         assert!(!(0..100).all(|_| outbox.push(Bytes::from_static(&[0; 100]))));
         assert_eq!(outbox.queued_bytes(), 0);
         assert!(matches!(reader.take(&mut frames).await, Err(CloseReason::Slow { .. })));
+    }
+
+    #[tokio::test]
+    async fn p2_whoever_comes_back_for_more_than_fits_gets_a_part_and_then_the_end() {
+        let (outbox, mut reader) = outbox(300);
+        let taken = (0..10).take_while(|_| outbox.push_or_end(Bytes::from_static(&[0; 100]))).count();
+        assert_eq!(taken, 2);
+        let mut frames = Vec::new();
+        reader.take(&mut frames).await.unwrap();
+        assert_eq!(frames.len(), 2);
+        assert!(matches!(reader.take(&mut frames).await, Err(CloseReason::Ended(_))));
+    }
+
+    #[tokio::test]
+    async fn p2_a_frame_above_the_limit_is_sent_all_the_same() {
+        let (outbox, mut reader) = outbox(300);
+        assert!(outbox.push_or_end(Bytes::from_static(b"opening")) && outbox.push(Bytes::from_static(&[0; 1_000])));
+        let mut frames = Vec::new();
+        reader.take(&mut frames).await.unwrap();
+        assert_eq!(frames.len(), 2);
     }
 
     #[tokio::test]

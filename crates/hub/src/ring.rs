@@ -32,11 +32,11 @@ impl<T: Replayable> ReplayRing<T> {
         ReplayRing { limit_bytes, bytes: 0, commits: VecDeque::new(), complete_after: (complete_after, 0) }
     }
 
-    /// Forgets everything: the stream begins anew after `lsn`.
-    pub fn restart(&mut self, lsn: Lsn) {
+    /// Forgets everything: only what comes after this place will be here.
+    pub fn restart(&mut self, after: Place) {
         self.commits.clear();
         self.bytes = 0;
-        self.complete_after = (lsn, 0);
+        self.complete_after = after;
     }
 
     pub fn push(&mut self, commit: T) {
@@ -110,7 +110,8 @@ mod tests {
         assert_eq!(ring.after((Lsn(9), 9)), Err(Missed));
         assert_eq!(ring.after((Lsn(10), 0)), Ok(vec![]));
         ring.push(Of(12));
-        ring.restart(Lsn(20));
+        ring.restart((Lsn(20), u32::MAX));
+        assert_eq!(ring.after((Lsn(20), 0)), Err(Missed), "the rest of that commit is gone");
         assert_eq!(ring.after((Lsn(12), 0)), Err(Missed));
     }
 }

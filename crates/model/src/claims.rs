@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::xxh3_128;
+use sha2::{Digest, Sha256};
 
 /// Cheap to clone. Equal fingerprints mean: PostgreSQL would give both the same answer,
 /// since all claims but the token's own times and id agree.
@@ -25,6 +25,9 @@ pub enum ClaimsError {
     Missing,
 }
 
+/// The end of the year 9999: later is never, and must not overflow a clock.
+const END_OF_TIME: u64 = 253_402_300_799;
+
 /// Differ from token to token without changing who asks.
 const TOKEN_ONLY: [&str; 4] = ["exp", "iat", "nbf", "jti"];
 
@@ -33,6 +36,7 @@ impl Claims {
     pub fn verified(map: Map<String, Value>) -> Result<Claims, ClaimsError> {
         let role = map.get("role").and_then(Value::as_str).ok_or(ClaimsError::Missing)?.to_owned();
         let expires_at = map.get("exp").and_then(Value::as_f64).ok_or(ClaimsError::Missing)?.round() as u64;
+        let expires_at = expires_at.min(END_OF_TIME);
         let mut parts: Vec<_> = map.iter().filter(|(name, _)| !TOKEN_ONLY.contains(&name.as_str())).collect();
         parts.sort_by_key(|(name, _)| name.as_str());
         let mut text = String::new();
@@ -40,7 +44,9 @@ impl Claims {
             text.push_str(&Value::from(name.as_str()).to_string());
             text.push_str(&canonical(value));
         }
-        let fingerprint = xxh3_128(text.as_bytes());
+        // Cryptographic: part of the claims may be the user's own words, and whoever finds a second text shares answers.
+        let digest = Sha256::digest(text.as_bytes());
+        let fingerprint = digest[..16].iter().fold(0_u128, |all, byte| all << 8 | u128::from(*byte));
         let json = Value::Object(map.clone()).to_string();
         Ok(Claims(Arc::new(Inner { role, json, map, expires_at, fingerprint })))
     }

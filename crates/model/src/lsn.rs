@@ -9,6 +9,11 @@ impl Lsn {
     pub const ZERO: Lsn = Lsn(0);
     pub const MAX: Lsn = Lsn(u64::MAX);
 
+    /// The last place before this one: where a record ends, the next may begin.
+    pub fn before(self) -> Lsn {
+        Lsn(self.0.saturating_sub(1))
+    }
+
     /// Bytes of WAL from `earlier` to here; 0 if `earlier` is ahead.
     pub fn bytes_since(self, earlier: Lsn) -> u64 {
         self.0.saturating_sub(earlier.0)

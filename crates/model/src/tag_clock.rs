@@ -140,10 +140,11 @@ impl TagClock {
         lock(&self.slot(tag).recent).stamps.iter().flatten().find(|stamp| stamp.xid == xid).map(|stamp| stamp.lsn)
     }
 
-    /// The slots raised above `after`, for a checkpoint.
+    /// The slots raised at or above `after`, for a checkpoint: a commit may begin just where the last one covered ended.
     pub fn changed_since(&self, after: Lsn) -> Vec<SlotImage> {
         let raised = |(index, slot): (usize, &Slot)| {
-            if slot.newest.load(Ordering::Acquire) <= after.0 {
+            let newest = slot.newest.load(Ordering::Acquire);
+            if newest == 0 || newest < after.0 {
                 return None;
             }
             let recent = lock(&slot.recent);
@@ -253,6 +254,8 @@ mod tests {
         assert!(images.iter().all(|image| restored.load(image)));
         assert_eq!(restored.changed_since(Lsn(0)), images);
         assert_eq!(clock.changed_since(Lsn(200)).len(), 1);
+        assert_eq!(clock.changed_since(Lsn(300)).len(), 1, "a commit that begins where the checkpoint ended");
+        assert_eq!(clock.changed_since(Lsn(301)).len(), 0);
         assert!(!restored.load(&SlotImage { index: 5000, dropped: Lsn(0), stamps: vec![] }));
     }
 

@@ -28,6 +28,13 @@ pub struct ColumnFacts {
     pub generated: bool,
 }
 
+/// Under which names and types a table's row tags are raised.
+#[derive(Debug, Clone)]
+pub struct TaggedColumns {
+    pub name: TableName,
+    pub columns: Vec<(String, u32)>,
+}
+
 #[derive(Clone)]
 pub struct Catalog {
     pool: Pool,
@@ -40,12 +47,20 @@ select a.attname::text, a.atttypid::int8, t.typname::text, a.attgenerated <> '' 
        coalesce(co.collisdeterministic, true) as deterministic,
        exists (select from pg_catalog.pg_index i where i.indrelid = a.attrelid and a.attnum = any (i.indkey::int2[]))
        or exists (select from pg_catalog.pg_constraint c where c.conrelid = a.attrelid and c.contype = 'f' and a.attnum = any (c.conkey))
-         as indexed
+         as indexed,
+       a.attrelid::int8
 from pg_catalog.pg_attribute a
 join pg_catalog.pg_type t on t.oid = a.atttypid
 left join pg_catalog.pg_collation co on co.oid = a.attcollation
-where a.attrelid = $1::int8::oid and a.attnum > 0 and not a.attisdropped
-order by a.attnum";
+where a.attrelid = any ($1::int8[]::oid[]) and a.attnum > 0 and not a.attisdropped
+order by a.attrelid, a.attnum";
+
+const PUBLISHED: &str = "
+select c.oid::int8, n.nspname::text, c.relname::text
+from pg_catalog.pg_publication_tables p
+join pg_catalog.pg_namespace n on n.nspname = p.schemaname
+join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename
+where p.pubname = $1";
 
 const TYPES: &str = "
 with recursive need as (
@@ -83,6 +98,28 @@ impl Catalog {
         table(&lease, id).await
     }
 
+    /// The columns that carry row tags at present, for every table of a publication.
+    pub async fn tagged_columns(&self, publication: &str) -> Result<HashMap<TableId, TaggedColumns>, PgError> {
+        let lease = self.pool.lease(DOING).await?;
+        let rows = lease.query_typed(PUBLISHED, &[(&publication, Type::TEXT)]).await.map_err(PgError::when(DOING))?;
+        let table = |row: &tokio_postgres::Row| {
+            let name = TableName::new(row.get(1), row.get(2));
+            (TableId(row.get::<_, i64>(0) as u32), TaggedColumns { name, columns: Vec::new() })
+        };
+        let mut tables: HashMap<TableId, TaggedColumns> = rows.iter().map(table).collect();
+        let oids: Vec<i64> = tables.keys().map(|id| i64::from(id.0)).collect();
+        for row in lease.query_typed(COLUMNS, &[(&oids, Type::INT8_ARRAY)]).await.map_err(PgError::when(DOING))? {
+            let is_streamed = !row.get::<_, bool>(3);
+            if let Some(table) = tables.get_mut(&TableId(row.get::<_, i64>(6) as u32))
+                && is_streamed
+                && tagged(&row)
+            {
+                table.columns.push((row.get(0), row.get::<_, i64>(1) as u32));
+            }
+        }
+        Ok(tables)
+    }
+
     /// The relation that a name means, exactly as the catalog spells it.
     pub async fn table_id(&self, name: &TableName) -> Result<Option<TableId>, PgError> {
         let lease = self.pool.lease(DOING).await?;
@@ -108,8 +145,10 @@ async fn table(lease: &Lease, id: TableId) -> Result<Option<TableFacts>, PgError
     let oid = i64::from(id.0);
     let name_sql = "select n.nspname::text, c.relname::text from pg_catalog.pg_class c \
                     join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = $1::int8::oid";
-    let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[(&oid, Type::INT8)];
-    let (names, rows) = futures_util::try_join!(lease.query_typed(name_sql, params), lease.query_typed(COLUMNS, params))
+    let one = [oid];
+    let by_oid: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[(&oid, Type::INT8)];
+    let by_oids: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[(&&one[..], Type::INT8_ARRAY)];
+    let (names, rows) = futures_util::try_join!(lease.query_typed(name_sql, by_oid), lease.query_typed(COLUMNS, by_oids))
         .map_err(PgError::when(DOING))?;
     let Some(name) = names.first() else { return Ok(None) };
     let oids: Vec<u32> = rows.iter().map(|row| row.get::<_, i64>(1) as u32).collect();
@@ -119,19 +158,23 @@ async fn table(lease: &Lease, id: TableId) -> Result<Option<TableFacts>, PgError
         .zip(&oids)
         .map(|(row, oid)| {
             let type_name: String = row.get(2);
-            // Text forms that are equal exactly when the values are.
-            let narrow = matches!(type_name.as_str(), "bool" | "int2" | "int4" | "int8" | "uuid" | "text" | "varchar");
             ColumnFacts {
                 name: row.get(0),
                 type_oid: *oid,
                 kind: kind(*oid, &types),
-                tagged: narrow && row.get::<_, bool>(4) && row.get::<_, bool>(5),
+                tagged: tagged(row),
                 generated: row.get(3),
                 type_name,
             }
         })
         .collect();
     Ok(Some(TableFacts { id, name: TableName::new(name.get(0), name.get(1)), columns }))
+}
+
+/// Text forms that are equal exactly when the values are, of columns that somebody may look up by.
+fn tagged(row: &tokio_postgres::Row) -> bool {
+    let narrow = matches!(row.get(2), "bool" | "int2" | "int4" | "int8" | "uuid" | "text" | "varchar");
+    narrow && row.get::<_, bool>(4) && row.get::<_, bool>(5)
 }
 
 async fn read_types(lease: &Lease, oids: &[u32]) -> Result<HashMap<u32, TypeFacts>, PgError> {

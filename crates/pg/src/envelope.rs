@@ -52,7 +52,8 @@ impl Envelope {
         let mut sql = format!(
             "begin isolation level repeatable read read only; \
              set local statement_timeout = {}; set local row_security = on; set local timezone = 'UTC'; \
-             set local datestyle = 'ISO'; set local search_path = public, extensions; \
+             set local datestyle = 'ISO'; set local intervalstyle = 'postgres'; \
+             set local extra_float_digits = 1; set local bytea_output = 'hex'; set local search_path = public, extensions; \
              set local \"request.jwt.claims\" = {}; set local \"request.jwt.claim.sub\" = {}; \
              set local \"request.jwt.claim.role\" = {};",
             self.timeout.as_millis().max(1),

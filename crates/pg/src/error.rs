@@ -2,6 +2,8 @@
 
 use std::error::Error;
 
+use tokio_postgres::error::{DbError, SqlState};
+
 #[derive(Debug, thiserror::Error)]
 pub enum PgError {
     /// Retry with backoff: nothing was decided.
@@ -28,7 +30,12 @@ impl PgError {
                 message: db.message().to_owned(),
                 hint: db.hint().map(str::to_owned),
             },
-            _ => PgError::Away { doing, source: error.into() },
+            Some(db) => PgError::Away { doing, source: db.clone().into() },
+            // The driver's own text says only at which step; its cause says why.
+            None => match error.source() {
+                Some(cause) => PgError::Away { doing, source: format!("{error}: {cause}").into() },
+                None => PgError::Away { doing, source: error.into() },
+            },
         }
     }
 
@@ -46,5 +53,11 @@ impl PgError {
 
     pub fn is_away(&self) -> bool {
         matches!(self, PgError::Away { .. })
+    }
+
+    /// The server is there and lets nobody in: it is shutting down, or not yet up.
+    pub fn lets_nobody_in(&self) -> bool {
+        let PgError::Away { source, .. } = self else { return false };
+        source.downcast_ref::<DbError>().is_some_and(|db| *db.code() == SqlState::CANNOT_CONNECT_NOW)
     }
 }

@@ -12,7 +12,7 @@ mod pool;
 mod quote;
 mod sampler;
 
-pub use catalog::{Catalog, ColumnFacts, TableFacts};
+pub use catalog::{Catalog, ColumnFacts, TableFacts, TaggedColumns};
 pub use connect::{ConnectConfig, ConnectError, TlsMode};
 pub use envelope::{Envelope, EnvelopeScope};
 pub use error::PgError;

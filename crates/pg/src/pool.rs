@@ -10,24 +10,25 @@ use std::{
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
 
+use tokio_postgres_rustls::MakeRustlsConnect;
+
 use crate::{ConnectConfig, ConnectError, PgError};
 
 #[derive(Clone)]
 pub struct Pool {
     inner: deadpool_postgres::Pool,
     wait: Duration,
+    tls: MakeRustlsConnect,
 }
 
 /// A connection on loan; goes back when dropped.
-pub struct Lease(Object);
+pub struct Lease(Object, MakeRustlsConnect);
 
 impl Pool {
     pub fn new(config: &ConnectConfig, connections: usize, wait: Duration) -> Result<Pool, ConnectError> {
-        let manager = Manager::from_config(
-            config.driver().clone(),
-            config.tls()?,
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
+        let tls = config.tls()?;
+        let manager =
+            Manager::from_config(config.driver().clone(), tls.clone(), ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let inner = deadpool_postgres::Pool::builder(manager)
             .max_size(connections.max(1))
             .wait_timeout(Some(wait))
@@ -35,11 +36,11 @@ impl Pool {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| ConnectError::Url(error.to_string()))?;
-        Ok(Pool { inner, wait })
+        Ok(Pool { inner, wait, tls })
     }
 
     pub async fn lease(&self, doing: &'static str) -> Result<Lease, PgError> {
-        self.inner.get().await.map(Lease).map_err(|error| match error {
+        self.inner.get().await.map(|object| Lease(object, self.tls.clone())).map_err(|error| match error {
             PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
             PoolError::Backend(error) => PgError::from_driver(doing, error),
             other => PgError::Away { doing, source: other.to_string().into() },
@@ -58,9 +59,17 @@ impl Pool {
 }
 
 impl Lease {
-    /// Closes the connection instead of giving it back: its session is in a state nobody should meet.
+    /// Closes the connection instead of giving it back: its session is in a state nobody should meet. What still runs on
+    /// it is cancelled, or its backend would outlive the budget.
     pub fn discard(self) {
-        drop(Object::take(self.0));
+        let client = Object::take(self.0);
+        let (token, tls) = (client.cancel_token(), self.1);
+        drop(client);
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                let _ = tokio::time::timeout(Duration::from_secs(5), token.cancel_query(tls)).await;
+            });
+        }
     }
 }
 

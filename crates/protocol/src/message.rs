@@ -12,7 +12,7 @@ pub const PREFIX: &str = "walcast";
 pub enum Message {
     Heartbeat {
         nonce: String,
-        /// Milliseconds since 1970 when it was written.
+        /// Milliseconds since the writing process started: its own clock, which no one sets back.
         at_ms: u64,
     },
     /// Raises these tags as one commit.

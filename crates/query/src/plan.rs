@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 use tokio_postgres::{Client, SimpleQueryMessage, types::Type};
-use walcast_model::{Claims, TableName};
+use walcast_model::{Claims, Lsn, TableName};
 use walcast_pg::{Catalog, Envelope, PgError, Pool, quote_ident};
 
 use crate::{
@@ -39,6 +39,9 @@ pub struct Plan {
     pub max_age: Option<Duration>,
     /// Why no table is narrowed, if none could be.
     pub not_narrowed: Option<String>,
+    /// The plan read the catalog before this place of the WAL: whoever keeps an answer may trust its narrowing only
+    /// if all commits up to here had settled, for an index that is being built shows before older writers end.
+    pub made_at: Lsn,
 }
 
 const DOING: &str = "planning a query";
@@ -64,6 +67,7 @@ pub async fn plan(pool: &Pool, query: &NamedQuery, role: &str, timeout: Duration
     let seen = look(scope.client(), query).await.map_err(refused)?;
     scope.end(DOING).await.map_err(refused)?;
     let known = seen.gathered.known(&Catalog::new(pool.clone())).await.map_err(refused)?;
+    let made_at = wal_place(pool).await.map_err(refused)?;
 
     let types: Vec<String> = query.params.iter().map(|param| param.type_name.clone()).collect();
     let narrowed = match (&query.parsed, &seen.gathered.unreadable) {
@@ -92,7 +96,18 @@ pub async fn plan(pool: &Pool, query: &NamedQuery, role: &str, timeout: Duration
     tables.dedup();
     let max_age = seen.reached.clock.as_ref().and(query.max_age);
     let cacheable = judge(query, &seen, &dependencies);
-    Ok(Plan { role: role.to_owned(), tables, dependencies, cacheable, param_types: seen.param_types, max_age, not_narrowed })
+    let param_types = seen.param_types;
+    Ok(Plan { role: role.to_owned(), tables, dependencies, cacheable, param_types, max_age, not_narrowed, made_at })
+}
+
+/// Every commit that is in the WAL by now lies before it.
+async fn wal_place(pool: &Pool) -> Result<Lsn, PgError> {
+    let sql = "select (case when pg_catalog.pg_is_in_recovery() then pg_catalog.pg_last_wal_receive_lsn() \
+               else pg_catalog.pg_current_wal_insert_lsn() end)::text";
+    let rows = pool.lease(DOING).await?.query_typed(sql, &[]).await.map_err(PgError::when(DOING))?;
+    let place = rows.first().and_then(|row| row.get::<_, Option<&str>>(0)).and_then(|text| text.parse().ok());
+    // Unknown: never settled, so nothing is narrowed.
+    Ok(place.unwrap_or(Lsn::MAX))
 }
 
 impl Seen {

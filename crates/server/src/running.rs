@@ -32,6 +32,8 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     // The port first: who cannot listen has no business with the slot.
     let listener = http::bind(settings.server.listen).await.map_err(|text| Failure::new("cannot_listen", text))?;
     let address = listener.local_addr().map_err(|error| Failure::new("cannot_listen", error.to_string()))?;
+    // Before the engine: counters that are registered with no recorder count for nobody.
+    let metrics = recorder();
     let engine = Engine::start(engine_config(settings)?).await.map_err(|error| engine_failure(&error))?;
     let closing = CancellationToken::new();
     let app = App {
@@ -43,7 +45,7 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
             max_connections: settings.server.max_connections as usize,
             max_value_bytes: settings.cache.max_value_bytes as usize,
         },
-        metrics: recorder(),
+        metrics,
         demo: demo.map(Arc::new),
         closing: closing.clone(),
         connections: Arc::new(AtomicUsize::new(0)),

@@ -137,9 +137,12 @@ impl Parser {
     fn push(&mut self, chunk: &[u8]) -> Vec<SseEvent> {
         self.rest.extend_from_slice(chunk);
         let mut events = Vec::new();
-        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.rest.drain(..=end).collect();
-            let line = String::from_utf8_lossy(&line);
+        let whole = self.rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+        // Taken out at once: a chunk may hold thousands of lines.
+        let incomplete = self.rest.split_off(whole);
+        let lines = std::mem::replace(&mut self.rest, incomplete);
+        for line in lines.split_inclusive(|byte| *byte == b'\n') {
+            let line = String::from_utf8_lossy(line);
             events.extend(self.line(line.trim_end_matches(['\r', '\n'])));
         }
         events

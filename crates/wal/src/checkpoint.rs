@@ -125,6 +125,9 @@ fn decide(facts: &Attaching<'_>, clock: &TagClock, state: Option<&State>, sentin
         return new_epoch("the database was promoted or rewound");
     }
     let new_floor = |why| Standing { epoch: state.epoch, floor: next_floor, covered: Lsn::ZERO, moved: Some(why) };
+    if sentinel.is_some_and(|sentinel| identity.flushed < sentinel.covered) {
+        return new_epoch("the database was rewound");
+    }
     let Some(sentinel) = sentinel else { return new_floor("the database went through crash recovery") };
     if let Some(running) = running {
         // The clock in memory is newer than any checkpoint of it.
@@ -231,7 +234,7 @@ mod tests {
     use super::*;
 
     fn identity() -> Identity {
-        Identity { system_identifier: "1".into(), timeline: 1, flushed: Lsn(0) }
+        Identity { system_identifier: "1".into(), timeline: 1, flushed: Lsn(1_000) }
     }
 
     fn check(slot: SlotState, state: Option<State>, sentinel: Option<Sentinel>, running: Option<Standing>) -> Standing {

@@ -68,6 +68,8 @@ pub struct Stream {
     client: ReplicationClient,
     assembler: Assembler,
     catalog: Catalog,
+    /// A relation that is being looked up: `next` may be dropped meanwhile and called again.
+    pending: Option<Relation>,
 }
 
 /// Walsender messages carry 2000-01-01 based microseconds.
@@ -111,13 +113,19 @@ impl Session {
     pub async fn start(mut self, catalog: Catalog) -> Result<Stream, StreamError> {
         self.client.start().await.map_err(wire_error)?;
         self.client.wait_started().await.map_err(wire_error)?;
-        Ok(Stream { client: self.client, assembler: Assembler::new(self.config.transaction_bytes), catalog })
+        Ok(Stream { client: self.client, assembler: Assembler::new(self.config.transaction_bytes), catalog, pending: None })
     }
 }
 
 impl Stream {
+    /// May be dropped at any await and called again: nothing is lost.
     pub async fn next(&mut self) -> Result<Heard, StreamError> {
         loop {
+            if let Some(relation) = &self.pending {
+                let table = describe(&self.catalog, relation.clone()).await?;
+                self.pending = None;
+                self.assembler.define(table)?;
+            }
             let event = self.client.recv().await.map_err(wire_error)?;
             let message = match event.ok_or_else(|| StreamError::Lost("PostgreSQL ended the stream".into()))? {
                 ReplicationEvent::KeepAlive { wal_end, .. } => return Ok(Heard::Idle { read_to: Lsn(wal_end.as_u64()) }),
@@ -140,10 +148,7 @@ impl Stream {
             match self.assembler.push(message)? {
                 Step::More => {}
                 Step::Commit(commit) => return Ok(Heard::Commit(commit)),
-                Step::NeedsTable(relation) => {
-                    let table = describe(&self.catalog, relation).await?;
-                    self.assembler.define(table)?;
-                }
+                Step::NeedsTable(relation) => self.pending = Some(relation),
             }
         }
     }

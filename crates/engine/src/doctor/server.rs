@@ -111,6 +111,9 @@ fn keep_size(megabytes: i64, acknowledge_bytes: u64) -> Finding {
     }
 }
 
+/// A finding of its own name: whoever serves is the reader, and need not be warned of itself.
+pub(super) const SLOT_IN_USE: &str = "slot in use";
+
 pub(super) async fn slot(client: &Client, expect: &Expectations) -> Result<Vec<Finding>, PgError> {
     const CHECK: &str = "slot";
     const DOING: &str = "reading the replication slot";
@@ -139,7 +142,7 @@ pub(super) async fn slot(client: &Client, expect: &Expectations) -> Result<Vec<F
             format!("to make room now: {drop_it}"),
         ),
         (_, Some(pid)) => Finding::warn(
-            CHECK,
+            SLOT_IN_USE,
             format!("slot {name} is being read by PID {pid} and holds back {held} MB of WAL: a second `serve` would not start"),
             "as it should be while Walcast serves; else stop the other reader or set database.slot",
         ),

@@ -6,13 +6,13 @@
 use std::{
     collections::VecDeque,
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::watch;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
-use walcast_model::{Epoch, Lsn, Stamp, Tag};
+use walcast_model::{Epoch, Lsn, Tag};
 use walcast_pg::{PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 use walcast_wal::checkpoint;
@@ -52,7 +52,12 @@ pub async fn run(core: Arc<Core>, acknowledge: watch::Sender<Lsn>, cancel: Cance
         let round = keeper.round(client.take(), nudged);
         match tokio::time::timeout(ROUND_TIMEOUT, round).await {
             Ok(Ok(kept)) => client = Some(kept),
-            Ok(Err(error)) => tracing::warn!(%error, "the keeper's round failed; it is tried again"),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the keeper's round failed; it is tried again");
+                if error.lets_nobody_in() {
+                    keeper.core.server_leaves.notify_waiters();
+                }
+            }
             Err(_) => tracing::warn!("the keeper's round took longer than {ROUND_TIMEOUT:?}; it is tried again"),
         }
     }
@@ -70,7 +75,7 @@ impl Keeper {
             Some(client) if !client.is_closed() => client,
             _ => self.core.config.connect.connect().await?,
         };
-        heartbeat(&client, &self.core.nonce, nudged).await?;
+        heartbeat(&client, &self.core, nudged).await?;
         if nudged {
             return Ok(client);
         }
@@ -126,10 +131,7 @@ impl Keeper {
         let now = walcast_auth::rules_fingerprint(client).await?;
         let moved = std::mem::replace(&mut *self.core.fingerprint.lock(), now.clone()) != now;
         if moved {
-            tracing::info!("policies, privileges or roles changed: remembered rules and cached queries retire");
-            self.core.rules.retire_all();
-            self.core.queries.forget_plans();
-            self.core.clock.raise(rules_tag().hash(), Stamp::unseen(self.core.progress.read_to()));
+            self.core.rules_moved(self.core.progress.read_to());
         }
         Ok(())
     }
@@ -141,9 +143,9 @@ pub fn rules_tag() -> Tag {
 }
 
 /// Flushed at once when somebody waits for the stream to pass what is written already, else with the next flush.
-async fn heartbeat(client: &Client, nonce: &str, flush: bool) -> Result<(), PgError> {
-    let at_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-    let message = Message::Heartbeat { nonce: nonce.to_owned(), at_ms }.text();
+async fn heartbeat(client: &Client, core: &Core, flush: bool) -> Result<(), PgError> {
+    let at_ms = core.started.elapsed().as_millis() as u64;
+    let message = Message::Heartbeat { nonce: core.nonce.clone(), at_ms }.text();
     let commit = if flush { "local" } else { "off" };
     let sql = format!(
         "begin; set local synchronous_commit = {commit}; select pg_logical_emit_message(true, {}, {}); commit",

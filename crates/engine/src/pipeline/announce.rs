@@ -20,15 +20,20 @@ use crate::{
     visibility::{Candidate, OldView, Verdict, decide},
 };
 
+/// Matches that are authorised and encoded at once; more go in several rounds, in order.
+pub(crate) const CANDIDATES: usize = 10_000;
+
 pub async fn run(core: Arc<Core>, mut inbox: mpsc::Receiver<Announcement>) {
     while let Some(announcement) = inbox.recv().await {
         match announcement {
             Announcement::Commits(commits) => announce(&core, commits).await,
             Announcement::Resync { reason, at } => {
-                core.ring.lock().restart(at);
-                core.progress.note_taken(at, 0);
-                resync(&core, &core.subscriptions.all(), (at, 0), reason);
-                core.progress.note_announced(at, 0);
+                // What was let go is gone whole, redefinitions included.
+                core.rules.retire_all();
+                core.ring.lock().restart((at, u32::MAX));
+                core.progress.note_taken(at, u32::MAX);
+                resync(&core, &core.subscriptions.all(), (at, u32::MAX), reason);
+                core.progress.note_announced(at, u32::MAX);
             }
             // Marks and ring began anew when the stream was attached.
             Announcement::NewEpoch { from, reason } => {
@@ -44,11 +49,15 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
         commits.iter().map(|commit| Remembered { commit: commit.commit.clone(), xid: commit.xid }).collect();
     let mut candidates = Vec::new();
     for commit in &remembered {
+        if candidates.len() >= CANDIDATES {
+            deliver(core, std::mem::take(&mut candidates)).await;
+        }
         // In the ring before it counts as taken: who joins in between finds it in one of the two.
         core.ring.lock().push(commit.clone());
         core.progress.note_taken(commit.commit.lsn, commit.commit.end_index());
         match &commit.commit.scope {
             Scope::TooLarge { tables, .. } => {
+                deliver(core, std::mem::take(&mut candidates)).await;
                 for table in tables {
                     core.rules.retire(table.id);
                     let place = (commit.commit.lsn, commit.commit.end_index());
@@ -59,6 +68,9 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
                 for (index, item) in items {
                     match item {
                         Item::Change(change) => {
+                            if candidates.len() >= CANDIDATES {
+                                deliver(core, std::mem::take(&mut candidates)).await;
+                            }
                             candidates.extend(core.subscriptions.wanting(change).into_iter().map(|(subscriber, client_ids)| {
                                 Candidate { commit, index: *index, change, subscriber, client_ids }
                             }));
@@ -70,14 +82,18 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
             }
         }
     }
+    deliver(core, candidates).await;
+    if let Some(last) = remembered.last() {
+        core.progress.note_announced(last.commit.lsn, last.commit.end_index());
+        core.note_latency(last.commit.committed_at_us);
+    }
+}
+
+async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     for (subscriber, place, frame) in frames(core, candidates).await {
         if !subscriber.is_expired() && subscriber.offer(place, frame) {
             core.metrics.delivered.increment(1);
         }
-    }
-    if let Some(last) = remembered.last() {
-        core.progress.note_announced(last.commit.lsn, last.commit.end_index());
-        core.note_latency(last.commit.committed_at_us);
     }
 }
 

@@ -14,12 +14,13 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use walcast_matcher::{tags, tags_of_table};
 use walcast_model::{Commit, Epoch, Item, Lsn, Scope, Stamp, Table, TableId, Tag, TagHash, Xid};
+use walcast_pg::TaggedColumns;
 use walcast_protocol::message::{Message, PREFIX};
-use walcast_wal::{Heard, Session, SlotError, SlotState, Stream, StreamConfig, StreamError, checkpoint, ensure_slot};
+use walcast_wal::{Heard, Session, SlotState, Stream, StreamConfig, StreamError, checkpoint, ensure_slot};
 
 use crate::{
     Core, EngineError,
-    pipeline::{InFlight, Intake},
+    pipeline::{InFlight, Intake, acknowledge::rules_tag},
     progress::StreamState,
 };
 
@@ -44,6 +45,8 @@ pub struct IntakeTask {
     known: HashMap<TableId, Arc<Table>>,
     /// Tables that this connection has described.
     described: HashSet<TableId>,
+    /// What the catalog said before any entry was answered: what a first description is held against.
+    at_start: Option<HashMap<TableId, TaggedColumns>>,
 }
 
 impl IntakeTask {
@@ -59,6 +62,7 @@ impl IntakeTask {
             handled: Lsn::ZERO,
             known: HashMap::new(),
             described: HashSet::new(),
+            at_start: None,
         }
     }
 
@@ -84,6 +88,11 @@ impl IntakeTask {
                         stream = Some(open);
                         continue;
                     }
+                    // Nothing here may be trusted any more: the process ends, and its next start begins a new epoch.
+                    Ok(Err(error @ EngineError::Rewound { .. })) => {
+                        tracing::error!(%error, "ending");
+                        return;
+                    }
                     Ok(Err(error)) => error.to_string(),
                     Err(_) => "attaching took longer than 30 s".to_owned(),
                 },
@@ -108,6 +117,11 @@ impl IntakeTask {
                 () = cancel.cancelled() => {
                     stream.close().await;
                     return None;
+                }
+                // A walsender ends only when all that it sent is acknowledged, and we stay behind on purpose. Whoever
+                // stops it by force instead gets crash recovery.
+                () = self.core.server_leaves.notified() => {
+                    return Some(StreamError::Lost("PostgreSQL is shutting down: the connection is let go".into()));
                 }
                 Ok(()) = self.acknowledged.changed() => stream.acknowledge(*self.acknowledged.borrow_and_update()),
                 heard = stream.next() => match heard {
@@ -139,7 +153,10 @@ impl IntakeTask {
             Ok(room) => Some(room),
             Err(_) => {
                 self.core.metrics.intake_waits.increment(1);
-                self.room.clone().acquire_many_owned(share).await.ok()
+                self.core.progress.note_intake_waits(true);
+                let room = self.room.clone().acquire_many_owned(share).await.ok();
+                self.core.progress.note_intake_waits(false);
+                room
             }
         };
         // The receiver ends only at shutdown.
@@ -157,7 +174,17 @@ impl IntakeTask {
         for tag in touched {
             clock.raise(tag, stamp);
         }
-        let Scope::Whole(items) = &commit.scope else { return };
+        let items = match &commit.scope {
+            Scope::Whole(items) => items,
+            Scope::TooLarge { tables, .. } => {
+                // What it said of them is not kept, only the outcome; messages in it may have meant anything.
+                clock.raise(Tag::everything().hash(), stamp);
+                let is_news = |table: &&Arc<Table>| self.known.get(&table.id).is_none_or(|known| **known != ***table);
+                let news: Vec<_> = tables.iter().filter(is_news).collect();
+                news.into_iter().for_each(|table| self.redefined(table, commit.lsn));
+                return;
+            }
+        };
         for (_, item) in items {
             match item {
                 Item::Change(_) => {}
@@ -174,21 +201,40 @@ impl IntakeTask {
         }
     }
 
-    /// The first description in a connection says nothing new; a repeated one means that the table, its policies
-    /// or its privileges changed, and retires everything that was derived from them.
+    /// A repeated description means that the table, its policies or its privileges changed, and retires everything
+    /// that was derived from them. The first one in a connection says nothing of the kind.
     fn redefined(&mut self, table: &Arc<Table>, lsn: Lsn) {
         let first_here = self.described.insert(table.id);
         let before = self.known.insert(table.id, table.clone());
         let same = before.as_ref().is_none_or(|before| **before == **table);
-        if first_here && same {
-            return;
-        }
-        tracing::debug!(table = %table.name, "the table was redefined: its cached entries and rules retire");
         let stamp = Stamp::unseen(lsn);
-        tags_of_table(table).into_iter().chain(before.iter().flat_map(|b| tags_of_table(b))).for_each(|tag| {
-            self.core.clock.raise(tag, stamp);
-        });
+        if first_here && same {
+            self.not_raised(table).into_iter().for_each(|tag| self.core.clock.raise(tag.hash(), stamp));
+        } else {
+            tracing::debug!(table = %table.name, "the table was redefined: its cached entries and rules retire");
+            let tags = tags_of_table(table).into_iter().chain(before.iter().flat_map(|b| tags_of_table(b)));
+            tags.for_each(|tag| self.core.clock.raise(tag, stamp));
+        }
         self.core.queries.forget_plans_of(&table.name);
+        self.core.tracked.lock().forget(&table.name);
+    }
+
+    /// What an entry may be narrowed by from before this first description, and no commit raises from here on: an
+    /// index, a key or a name went while the table was quiet.
+    fn not_raised(&self, table: &Table) -> Vec<Tag> {
+        let untagged = table.columns.iter().filter(|column| !column.tagged);
+        let mut gone: Vec<Tag> = untagged.map(|column| Tag::any_row(&table.name, &column.name)).collect();
+        if let Some(then) = self.at_start.as_ref().and_then(|tables| tables.get(&table.id)) {
+            let raised = |(name, type_oid): &(String, u32)| {
+                let column = table.columns.iter().find(|column| *column.name == **name);
+                then.name == table.name && column.is_some_and(|column| column.tagged && column.type_oid == *type_oid)
+            };
+            gone.extend(then.columns.iter().filter(|column| !raised(column)).map(|(name, _)| Tag::any_row(&then.name, name)));
+            if then.name != table.name {
+                gone.push(Tag::table(&then.name));
+            }
+        }
+        gone
     }
 
     /// Wakes those who wrote a message and wait until it has come back.
@@ -200,7 +246,10 @@ impl IntakeTask {
                 continue;
             }
             match Message::parse(content) {
-                Some(Message::Heartbeat { nonce, .. }) if nonce == self.core.nonce => self.core.progress.note_heard(),
+                Some(Message::Heartbeat { nonce, at_ms }) if nonce == self.core.nonce => {
+                    // When it was written, not when it was read: a lagging stream brings old ones in good order.
+                    self.core.progress.note_heard(self.core.started + Duration::from_millis(at_ms));
+                }
                 Some(Message::Invalidate { id: Some(id), .. }) => self.core.echoes.came_back(&id, commit.lsn, *index),
                 _ => {}
             }
@@ -212,13 +261,7 @@ impl IntakeTask {
     pub async fn attach(&mut self) -> Result<Stream, EngineError> {
         let core = self.core.clone();
         let mut control = core.config.connect.connect().await?;
-        let slot = match ensure_slot(&control, &core.config.slot).await {
-            // Our own walsender may outlive a broken connection for a moment.
-            Err(SlotError::InUse { slot, pid }) if self.handled_end > Lsn::ZERO => {
-                return Err(SlotError::InUse { slot, pid }.into());
-            }
-            other => other?,
-        };
+        let slot = ensure_slot(&control, &core.config.slot).await?;
         let config = StreamConfig {
             connect: core.config.connect.clone(),
             slot: core.config.slot.clone(),
@@ -233,6 +276,13 @@ impl IntakeTask {
         let begin = if matches!(slot, SlotState::Found { .. }) { self.handled_end } else { Lsn::ZERO };
         let mut session = Session::connect(config, begin, acknowledged).await?;
         let identity = session.identify().await?;
+        if identity.flushed < self.handled_end {
+            return Err(EngineError::Rewound { handled: self.handled_end, flushed: identity.flushed });
+        }
+        // Before the fingerprint: what changes in between makes the fingerprint another.
+        if self.at_start.is_none() {
+            self.at_start = Some(core.catalog.tagged_columns(&core.config.publication_cache).await?);
+        }
         let fingerprint = walcast_auth::rules_fingerprint(&control).await?;
         let sample = core.sampler.fresh().await?;
         core.progress.note_xmax(sample.snapshot.xmax);
@@ -258,17 +308,20 @@ impl IntakeTask {
             self.handled_end = Lsn::ZERO;
             core.progress.begin_epoch(standing.epoch, acknowledged);
             core.cache.set_epoch(standing.epoch);
-            core.ring.lock().restart(acknowledged);
+            core.ring.lock().restart((acknowledged.before(), u32::MAX));
         }
         if new_epoch && running.is_some() {
             let reason = standing.moved.unwrap_or("a new epoch");
             let _ = self.to_settle.send(Intake::NewEpoch { from: acknowledged, reason }).await;
         }
         // What was acknowledged had settled before.
-        core.progress.note_settled(acknowledged);
+        core.progress.note_settled(acknowledged.before());
         core.progress.note_catch_up(identity.flushed);
         *core.standing.lock() = Some(standing);
-        *core.fingerprint.lock() = fingerprint;
+        let before = std::mem::replace(&mut *core.fingerprint.lock(), fingerprint.clone());
+        if running.is_some() && before != fingerprint {
+            core.rules_moved(identity.flushed);
+        }
         let stream = session.start(core.catalog.clone()).await?;
         self.described.clear();
         core.progress.note_stream(StreamState::Attached);
@@ -277,6 +330,16 @@ impl IntakeTask {
 }
 
 impl Core {
+    /// Policies, privileges, roles or functions changed somewhere: what was derived from them retires, and with it every
+    /// answer whose content depends on who asked. `read_to`: the stream's place when it was noticed.
+    pub(crate) fn rules_moved(&self, read_to: Lsn) {
+        tracing::info!("policies, privileges or roles changed: remembered rules and cached queries retire");
+        self.rules.retire_all();
+        self.queries.forget_plans();
+        // One further: right after a start, answers may be settled up to just where the stream was read to.
+        self.clock.raise(rules_tag().hash(), Stamp::unseen(Lsn(read_to.0 + 1)));
+    }
+
     /// From now on nothing is answered as fresh until the sentinel has been looked for.
     pub(crate) fn stream_lost(&self, why: &str) {
         self.progress.note_deaf();

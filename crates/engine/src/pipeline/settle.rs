@@ -21,6 +21,8 @@ use crate::{
 
 const PAUSE_FIRST: Duration = Duration::from_micros(500);
 const PAUSE_MOST: Duration = Duration::from_millis(20);
+/// A commit that is just becoming visible takes less.
+const BLINK: Duration = Duration::from_millis(500);
 /// Commits that one announcement carries at most.
 const BATCH: usize = 2_000;
 
@@ -147,7 +149,10 @@ impl Queue {
     async fn bound(&mut self, announce: &mpsc::Sender<Announcement>) {
         let limits = &self.core.config.stream;
         let Some(head) = self.held.front() else { return };
-        if self.bytes <= limits.settle_bytes && self.head_since.elapsed() <= limits.settle_timeout {
+        // Bytes alone say nothing: two large commits may arrive within the blink that one needs to become visible.
+        let waited = self.head_since.elapsed();
+        let too_much = self.bytes > limits.settle_bytes && waited > BLINK;
+        if !too_much && waited <= limits.settle_timeout {
             return;
         }
         let (xid, lsn) = (head.xid, head.commit.lsn);

@@ -7,9 +7,8 @@ mod banner;
 mod clinic;
 mod home;
 
-use std::{io::IsTerminal, net::SocketAddr, path::Path, process::ExitCode, sync::Arc, time::Duration, time::Instant};
+use std::{io::IsTerminal, net::SocketAddr, path::Path, process::ExitCode, time::{Duration, Instant}};
 
-use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 use walcast_cluster::{Binaries, ClusterConfig, ClusterError, Supervised};
 use walcast_engine::migrate::{MigrateOptions, migrate};
@@ -63,6 +62,10 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
 
     let code = tokio::select! {
         () = told_to_end() => ExitCode::SUCCESS,
+        task = running.engine.failed() => {
+            eprintln!("error: the task `{task}` died; the log above says why [task_died]");
+            ExitCode::FAILURE
+        }
         () = ended(&mut dev.postgres) => {
             let failure = Failure::new("postgres_ended", "the private PostgreSQL has ended by itself, or by somebody's hand");
             let hint = format!("its log is {}; `walcast dev` starts it again with the same data", home.log_file().display());
@@ -75,8 +78,8 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
     writer.abort();
     home.remove_state();
     dev.running.stop().await;
-    let stopped = tokio::task::spawn_blocking(move || dev.postgres.lock().take().map(Supervised::stop)).await;
-    if let Ok(Some(Err(error))) = stopped {
+    let stopped = tokio::task::spawn_blocking(move || dev.postgres.stop()).await;
+    if let Ok(Err(error)) = stopped {
         eprint!("{}", cluster_failure(error).report());
     }
     Ok(code)
@@ -84,14 +87,12 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
 
 /// All that runs, and what others may know of it.
 struct Dev {
-    postgres: Private,
+    /// Stops where it is dropped.
+    postgres: Supervised,
     version: String,
     running: Running,
     state: DevState,
 }
-
-/// Stopped where it is dropped, unless it was stopped before.
-type Private = Arc<Mutex<Option<Supervised>>>;
 
 /// Before anything is made: loopback only, and the port must be free.
 fn may_listen(listen: SocketAddr) -> Result<(), Failure> {
@@ -110,10 +111,10 @@ fn may_listen(listen: SocketAddr) -> Result<(), Failure> {
     }
 }
 
-async fn ended(postgres: &mut Private) {
+async fn ended(postgres: &mut Supervised) {
     loop {
         tokio::time::sleep(Duration::from_millis(250)).await;
-        if postgres.lock().as_mut().is_none_or(|server| !server.is_running()) {
+        if !postgres.is_running() {
             return;
         }
     }
@@ -126,10 +127,7 @@ async fn start(mut settings: Settings, home: &Home, say: &Progress) -> Result<De
     let doing = if home.is_new() { "making a database with" } else { "starting" };
     say.step(&format!("{doing} PostgreSQL {version}"));
     let postgres = spawn_postgres(home, binaries).await?;
-    let (admin_url, port) = match postgres.lock().as_ref() {
-        Some(server) => (server.url().to_owned(), server.port()),
-        None => return Err(Failure::new("postgres", "the private PostgreSQL has gone")),
-    };
+    let (admin_url, port) = (postgres.url().to_owned(), postgres.port());
 
     say.step("migrating");
     let options = MigrateOptions { serve_role: SERVE_ROLE.into(), ..MigrateOptions::default() };
@@ -165,16 +163,16 @@ async fn start(mut settings: Settings, home: &Home, say: &Progress) -> Result<De
     Ok(Dev { postgres, version, running, state })
 }
 
-async fn spawn_postgres(home: &Home, binaries: Binaries) -> Result<Private, Failure> {
+async fn spawn_postgres(home: &Home, binaries: Binaries) -> Result<Supervised, Failure> {
     let mut config = ClusterConfig::new(binaries, home.postgres());
-    config.settings = [("max_slot_wal_keep_size", "2GB"), ("wal_sender_timeout", "10s"), ("max_connections", "60")]
+    // Ten times what the stream likes to hold back for replay, and a bound on what a forgotten slot costs.
+    config.settings = [("max_slot_wal_keep_size", "3GB"), ("wal_sender_timeout", "10s"), ("max_connections", "60")]
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .to_vec();
     let program =
         std::env::current_exe().map_err(|error| Failure::new("program", format!("this program cannot find itself: {error}")))?;
     let spawned = tokio::task::spawn_blocking(move || Supervised::spawn(&program, &["supervise"], &config)).await;
-    let server = spawned.map_err(|error| Failure::new("postgres", error.to_string()))?.map_err(cluster_failure)?;
-    Ok(Arc::new(Mutex::new(Some(server))))
+    spawned.map_err(|error| Failure::new("postgres", error.to_string()))?.map_err(cluster_failure)
 }
 
 async fn binaries(dir: &Path, say: &Progress) -> Result<Binaries, Failure> {

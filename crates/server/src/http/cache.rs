@@ -11,6 +11,8 @@ use axum::{
     http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
@@ -87,15 +89,7 @@ pub async fn put(
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "value_too_large", format!("a value has at most {limit} bytes"))
             .hint("split the value, or raise cache.max_value_bytes")
     };
-    if headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|v| v.to_str().ok())
-        .and_then(|v| v.parse::<usize>().ok())
-        .is_some_and(|n| n > limit)
-    {
-        return Err(too_large());
-    }
-    let value = axum::body::to_bytes(body, limit).await.map_err(|_| too_large())?;
+    let value = whole(body, limit).await.ok_or_else(too_large)?;
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let written = match (text("walcast-ticket"), text("walcast-written")) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
@@ -117,6 +111,27 @@ pub async fn put(
         Err(error) => return Err(put_refused(error)),
     };
     Ok(([(POSITION, header_value(&position.to_string()))], Json(answer)).into_response())
+}
+
+/// What comes beyond the limit and is read all the same, so that the connection can be used again.
+const DRAINED_BYTES: usize = 32 << 20;
+
+/// The body, if it is within the limit. Never holds more than that.
+async fn whole(body: Body, limit: usize) -> Option<Bytes> {
+    let mut chunks = body.into_data_stream();
+    let (mut value, mut read) = (BytesMut::new(), 0_usize);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.ok()?;
+        read += chunk.len();
+        if read <= limit {
+            value.extend_from_slice(&chunk);
+        } else if read > limit.saturating_add(DRAINED_BYTES) {
+            return None;
+        } else {
+            value = BytesMut::new();
+        }
+    }
+    (read <= limit).then(|| value.freeze())
 }
 
 fn put_refused(error: PutFailure) -> Refusal {
@@ -161,7 +176,7 @@ pub struct Invalidate {
     tags: Vec<String>,
 }
 
-pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: axum::body::Bytes) -> Result<Response, Refusal> {
+pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
     let wrong = |code: &str, why: String| {
         Refusal::new(StatusCode::BAD_REQUEST, code, why)
             .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")

@@ -68,8 +68,8 @@ async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, _connection: Co
     let socket = Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox };
     tokio::select! {
         () = socket.read(stream) => {}
-        // The writer ends only with the connection.
-        _ = &mut writer => {}
+        // The writer ends only with the connection; it has said what there was to say.
+        _ = &mut writer => return,
     }
     // Channels went with the reader: nothing of them stays. What is queued (a close reason) may still go out.
     if tokio::time::timeout(Duration::from_secs(2), &mut writer).await.is_err() {

@@ -4,6 +4,7 @@
 #![allow(dead_code)] // Each test binary uses its own part.
 
 pub mod control_feed;
+pub mod memory;
 pub mod reads;
 
 use std::{net::TcpListener, process::Stdio, time::Duration};

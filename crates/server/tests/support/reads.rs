@@ -2,8 +2,9 @@
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
+use walcast_testkit::wait;
 
-use super::Server;
+use super::{DEADLINE, Server};
 
 /// Cheap to clone; all clones share connections.
 #[derive(Clone)]
@@ -132,6 +133,24 @@ impl Reads {
     pub async fn heard(&self) -> Result<()> {
         self.invalidate(json!({ "tags": ["tests:heard"] })).await.map(drop)
     }
+
+    /// Everything committed before this call is settled, and known to be, when it returns.
+    pub async fn settled(&self) -> Result<()> {
+        let place = lsn(&self.invalidate(json!({ "tags": ["tests:heard"] })).await?);
+        wait::until(DEADLINE, "the stream has settled", async || {
+            let Ok(answer) = self.http.get(format!("{}/readyz", self.url)).send().await else { return false };
+            let report: Value = answer.json().await.unwrap_or_default();
+            report["position"].as_str().is_some_and(|position| lsn(position) >= place)
+        })
+        .await
+    }
+}
+
+/// Its LSN, for comparing places of one epoch.
+fn lsn(position: &str) -> Option<u64> {
+    let mut parts = position.split('/').skip(1);
+    let mut half = || u64::from_str_radix(parts.next()?, 16).ok();
+    Some((half()? << 32) | half()?)
 }
 
 async fn position(answer: reqwest::Response) -> Result<String> {

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use walcast_engine::{Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims};
+use walcast_engine::{Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event};
 use walcast_protocol::{
     join::Join,
     phoenix::{Inbound, Vsn, end, push, reply},
@@ -155,6 +155,9 @@ impl Socket {
                 response["walcast"] = json!({ "status": status, "reason": reason, "position": opened.position.to_string() });
             }
             first.push(reply(self.vsn, frame, "ok", &response));
+        } else if let Opening::Resync(reason) = opened.opening {
+            // Answered long ago, in quarantine: a gap must be told all the same.
+            first.push(resync_event(&opened.handle.subscriber.shape, &opened.position, reason));
         }
         first.extend(channel.live(self.vsn));
         channel.handle = Some(opened.release(first));
