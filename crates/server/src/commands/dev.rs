@@ -62,7 +62,7 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
 
     let code = tokio::select! {
         () = told_to_end() => ExitCode::SUCCESS,
-        task = running.engine.failed() => {
+        task = dev.running.engine.failed() => {
             eprintln!("error: the task `{task}` died; the log above says why [task_died]");
             ExitCode::FAILURE
         }
