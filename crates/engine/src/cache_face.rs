@@ -222,11 +222,7 @@ impl Core {
     async fn check_tags(&self, tags: &[Tag]) -> Result<Vec<Tag>, PutFailure> {
         let mut of_tables = Vec::new();
         for tag in tags {
-            let (table, row) = match tag.row_parts() {
-                Some((table, column, value)) => (table, Some((column, value))),
-                None => (tag.as_str(), None),
-            };
-            let table = TableName::parse(table);
+            let Some((table, row)) = tag.names() else { continue };
             // No such table: a tag of the application's own.
             let Some(facts) = self.tracked(&table).await? else { continue };
             let refused = |why: &str| Err(PutFailure::UntrackedTag(tag.clone(), why.to_owned()));
@@ -236,8 +232,7 @@ impl Core {
             let raised = match row {
                 None => Some(Tag::table(&table)),
                 Some((column, value)) => match facts.columns.iter().find(|known| known.name == column) {
-                    Some(known) => as_streamed(&known.type_name, value)
-                        .map(|value| Tag::stored(&format!("{}:{column}={value}", Tag::table(&table)))),
+                    Some(known) => as_streamed(&known.type_name, &value).and_then(|value| Tag::row(&table, &column, &value)),
                     None => {
                         return refused(
                             "the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag",
@@ -328,8 +323,7 @@ fn as_streamed(type_name: &str, value: &str) -> Option<String> {
             let fits = |(at, c): (usize, char)| if hyphen(at) { c == '-' } else { c.is_ascii_hexdigit() };
             (value.len() == 36 && value.char_indices().all(fits)).then(|| value.to_ascii_lowercase())
         }
-        // A bare star is what unknown rows raise; as a value it is written %2A.
-        _ => (value != "*").then(|| value.to_owned()),
+        _ => Some(value.to_owned()),
     }
 }
 

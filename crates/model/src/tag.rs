@@ -113,6 +113,20 @@ impl Tag {
         Some((table, column, value))
     }
 
+    /// What the tag names if it is a table's: table, and column and value of a row tag, as the catalog spells them.
+    /// None for a tag that could be no table's.
+    pub fn names(&self) -> Option<(TableName, Option<(String, String)>)> {
+        let (table, row) = match self.row_parts() {
+            Some((table, column, value)) => (table, Some((unescape(column)?, unescape(value)?))),
+            None => (self.as_str(), None),
+        };
+        let table = match table.split_once('.') {
+            Some((schema, table)) => TableName::new(&unescape(schema)?, &unescape(table)?),
+            None => TableName::new("public", &unescape(table)?),
+        };
+        Some((table, row))
+    }
+
     /// What an entry with this tag must carry too: a row tag also falls with the unknown rows of its column.
     pub fn companion(&self) -> Option<Tag> {
         let (table, column, value) = self.row_parts()?;
@@ -153,6 +167,22 @@ fn push_escaped(text: &mut String, part: &str) {
     }
 }
 
+fn unescape(part: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(part.len());
+    let mut rest = part.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            bytes.push(*first);
+            continue;
+        }
+        let code = std::str::from_utf8(tail.get(..2)?).ok()?;
+        bytes.push(u8::from_str_radix(code, 16).ok()?);
+        rest = &tail[2..];
+    }
+    String::from_utf8(bytes).ok()
+}
+
 fn push_percent(text: &mut String, c: char) {
     use fmt::Write;
     let mut bytes = [0; 4];
@@ -183,6 +213,17 @@ mod tests {
         let t = TableName::new("public", "t");
         assert_ne!(Tag::row(&t, "a", "*").unwrap(), Tag::any_row(&t, "a"));
         assert_ne!(Tag::table(&TableName::new("a", "b")), Tag::table(&TableName::new("public", "a.b")));
+    }
+
+    #[test]
+    fn a_tag_tells_what_it_names() {
+        let log = TableName::new("my.schema", "a log");
+        let tag = Tag::row(&log, "e:mail", "ann@example.com").unwrap();
+        assert_eq!(tag.names(), Some((log.clone(), Some(("e:mail".into(), "ann@example.com".into())))));
+        assert_eq!(Tag::table(&log).names(), Some((log, None)));
+        for text in ["100%", "t:a=%zz", "t:a=%é"] {
+            assert_eq!(Tag::parse(text).unwrap().names(), None, "{text}");
+        }
     }
 
     #[test]

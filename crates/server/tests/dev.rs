@@ -61,8 +61,9 @@ impl Place {
         // One that was killed leaves its own behind; here it would look like the new one's.
         let _ = fs::remove_file(&file);
         let mut child = self.command(&["dev", "--port", "0"]).args(arguments).spawn()?;
-        wait::until(READY, "walcast dev to write its state, or to end", async || {
-            file.is_file() || child.try_wait().is_ok_and(|status| status.is_some())
+        wait::until(READY, "walcast dev to write its state, or to end", || {
+            let settled = file.is_file() || child.try_wait().is_ok_and(|status| status.is_some());
+            std::future::ready(settled)
         })
         .await?;
         if !file.is_file() {

@@ -146,7 +146,7 @@ async fn p2_p7_a_replay_larger_than_the_outbox_comes_in_parts_and_whole() -> Res
     let (mut heard, mut cursor, mut returns) = (Vec::new(), opening.id.context("live has a position")?, 0);
     'all: loop {
         let (mut stream, opening) = scene.listen("notes", Some(&cursor)).await?;
-        assert_eq!(opening.event, "resumed", "after {} rows", heard.len());
+        assert_eq!(opening.event, "resumed", "after {} rows: {opening:?}, cursor {cursor}", heard.len());
         let before = heard.len();
         while let Ok(event) = stream.next(DEADLINE).await {
             if event.event == "closed" {

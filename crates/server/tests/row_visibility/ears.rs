@@ -7,8 +7,8 @@ use walcast_testkit::{RealtimeSocket, SseStream, Vsn};
 use crate::support::DEADLINE;
 
 pub enum Ear {
-    Socket(RealtimeSocket),
-    Stream(SseStream),
+    Socket(Box<RealtimeSocket>),
+    Stream(Box<SseStream>),
 }
 
 /// What came up to the mark.
@@ -30,7 +30,7 @@ impl Ear {
             bindings.push(json!({ "event": "*", "schema": "public" }));
         }
         socket.join_ok(TOPIC, json!({ "postgres_changes": bindings }), Some(token)).await?;
-        Ok(Ear::Socket(socket))
+        Ok(Ear::Socket(Box::new(socket)))
     }
 
     pub async fn stream(url: &str, token: &str) -> Result<Ear> {
@@ -39,7 +39,7 @@ impl Ear {
         if first.event != "live" {
             bail!("the stream began with {first:?}");
         }
-        Ok(Ear::Stream(stream))
+        Ok(Ear::Stream(Box::new(stream)))
     }
 
     pub async fn until_mark(&mut self, mark: i64) -> Result<Heard> {
