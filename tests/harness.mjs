@@ -54,7 +54,7 @@ async function started() {
 
   const child = spawn(BINARY, ['dev'], {
     cwd: ROOT,
-    env: { ...process.env, WALCAST_DEV_DIR: folder, WALCAST_LISTEN: '127.0.0.1:0' },
+    env: { ...withoutOurOwn(process.env), WALCAST_DEV_DIR: folder, WALCAST_LISTEN: '127.0.0.1:0' },
     stdio: ['ignore', 'pipe', 'pipe'],
   })
   const said = tail(child)
@@ -88,6 +88,11 @@ async function started() {
     await stop().catch(() => {})
     throw error
   }
+}
+
+/** The program refuses names that it does not know, rightly; where its PostgreSQL is may be told. */
+function withoutOurOwn(env) {
+  return Object.fromEntries(Object.entries(env).filter(([name]) => !/^WALCAST_|^DATABASE_URL$/.test(name) || name === 'WALCAST_PG_BIN'))
 }
 
 /** Waits for the state file, which `dev` writes when it is ready. */

@@ -21,8 +21,9 @@ pub async fn print() -> anyhow::Result<()> {
 
 pub fn print_repeat() {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    println!("\nload {} at the end", load());
     println!(
-        "\nAgain: cargo build --release -p walcast-server -p walcast-bench && target/release/walcast-bench {}",
+        "Again: cargo build --release -p walcast-server -p walcast-bench && target/release/walcast-bench {}",
         args.join(" ")
     );
 }

@@ -55,14 +55,21 @@ async fn check_as_role(
         why,
     };
     let (schema, table) = (wanted.table.schema(), wanted.table.table());
-    let sql = "select c.oid is not null, exists (select from pg_catalog.pg_publication_tables where pubname = $3 and schemaname = $1 and tablename = $2), \
-               coalesce(has_schema_privilege(n.oid, 'usage') and has_any_column_privilege(c.oid, 'select'), false) \
+    // The root of partitions is listed by its partitions, unless the publication names roots.
+    let sql = "select c.oid is not null, exists (select from pg_catalog.pg_publication_tables where pubname = $3 and schemaname = $1 and tablename = $2) \
+               or exists (select from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication p on p.oid = r.prpubid \
+                 where p.pubname = $3 and r.prrelid = c.oid), \
+               coalesce(has_schema_privilege(n.oid, 'usage') and has_any_column_privilege(c.oid, 'select'), false), \
+               case when c.relispartition then pg_partition_root(c.oid)::regclass::text end \
                from (select) one left join pg_catalog.pg_namespace n on n.nspname = $1 \
                left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = $2";
     let rows = client
         .query_typed(sql, &[(&schema, Type::TEXT), (&table, Type::TEXT), (&publication, Type::TEXT)])
         .await
         .map_err(PgError::when(DOING))?;
+    if let Some(root) = rows.first().and_then(|row| row.get::<_, Option<String>>(3)) {
+        return Err(unable(format!("it is a partition, and its changes are heard as its root's: subscribe to {root}")));
+    }
     let facts = rows.first().map(|row| (row.get::<_, bool>(0), row.get::<_, bool>(1), row.get::<_, bool>(2)));
     match facts {
         Some((true, true, true)) => {}

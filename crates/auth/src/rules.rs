@@ -40,6 +40,8 @@ pub struct Question {
     pub reads: Vec<TableName>,
     /// Some function or view cannot be looked into: any table may decide.
     pub reads_anything: bool,
+    /// A table that decides and whose changes are not streamed: nobody can tell whether it moved since a commit.
+    pub unheard: Option<TableName>,
 }
 
 const DOING: &str = "reading the rules of a table";
@@ -47,12 +49,18 @@ const DOING: &str = "reading the rules of a table";
 const TABLE: &str = "
 select n.nspname::text, c.relname::text, coalesce(row_security_active(c.oid), true), coalesce(has_schema_privilege(n.oid, 'usage'), false),
        pg_current_snapshot()::text, c.xmin::text, age(c.xmin) = 2147483647,
-       p.puballtables is not null, p.pubinsert, p.pubupdate, p.pubdelete, pt.attnames::text[], pt.rowfilter
+       p.oid is not null, p.pubinsert, p.pubupdate, p.pubdelete,
+       coalesce(pt.attnames::text[], (select array_agg(a.attname::text) from pg_catalog.pg_attribute a
+         where a.attrelid = c.oid and a.attnum = any (pr.prattrs::int2[]))),
+       coalesce(pt.rowfilter, pg_get_expr(pr.prqual, pr.prrelid))
 from pg_catalog.pg_class c
 join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_publication_tables pt
   on pt.pubname = $2 and pt.schemaname = n.nspname and pt.tablename = c.relname
-left join pg_catalog.pg_publication p on p.pubname = pt.pubname
+-- The root of partitions is listed by its partitions, unless the publication names roots.
+left join pg_catalog.pg_publication_rel pr
+  on pr.prrelid = c.oid and pr.prpubid = (select oid from pg_catalog.pg_publication where pubname = $2)
+left join pg_catalog.pg_publication p on p.pubname = $2 and (pt.pubname is not null or pr.oid is not null)
 where c.oid = $1::int8::oid";
 
 const COLUMNS: &str = "
@@ -82,7 +90,11 @@ select distinct r.polrelid = $1::int8::oid as own, d.refclassid = 'pg_catalog.pg
        d.refobjid = r.polrelid as itself, d.refobjsubid, d.deptype::text,
        coalesce(n.nspname, fn.nspname, '')::text, coalesce(c.relname, f.proname, '')::text,
        coalesce(c.relkind::text, ''), coalesce(f.provolatile::text, ''), a.attname::text,
-       coalesce(q.xmin, c.xmin)::text, coalesce(age(coalesce(q.xmin, c.xmin)) = 2147483647, true)
+       coalesce(q.xmin, c.xmin)::text, coalesce(age(coalesce(q.xmin, c.xmin)) = 2147483647, true),
+       (select pt.schemaname || chr(10) || pt.tablename from pg_catalog.pg_publication_tables pt
+        join pg_catalog.pg_namespace rn on rn.nspname = pt.schemaname
+        join pg_catalog.pg_class rc on rc.relnamespace = rn.oid and rc.relname = pt.tablename
+        where pt.pubname = $2 and rc.oid = coalesce(pg_partition_root(c.oid)::oid, c.oid))
 from reach r
 join pg_catalog.pg_policy q on q.oid = r.oid
 join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::regclass and d.objid = r.oid
@@ -97,13 +109,25 @@ where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::re
 const KNOWN_FUNCTIONS: [(&str, &str); 5] =
     [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email"), ("realtime", "topic")];
 
+/// What clients may subscribe to, and what feeds the tag clock.
+#[derive(Debug, Clone, Copy)]
+pub struct Publications<'a> {
+    pub realtime: &'a str,
+    pub cache: &'a str,
+}
+
 impl Rules {
     /// None if the table is gone.
-    pub async fn load(pool: &Pool, table: TableId, claims: &Claims, publication: &str) -> Result<Option<Rules>, PgError> {
+    pub async fn load(
+        pool: &Pool,
+        table: TableId,
+        claims: &Claims,
+        publications: Publications<'_>,
+    ) -> Result<Option<Rules>, PgError> {
         // An empty search path makes PostgreSQL print every name in full.
         let envelope = Envelope::new(claims, Duration::from_secs(5)).setting("search_path", "");
         let mut scope = envelope.open(pool, DOING).await?;
-        let rules = load(scope.client(), table, publication).await;
+        let rules = load(scope.client(), table, publications).await;
         scope.end(DOING).await?;
         rules
     }
@@ -115,11 +139,13 @@ impl Rules {
     }
 }
 
-async fn load(client: &tokio_postgres::Client, table: TableId, publication: &str) -> Result<Option<Rules>, PgError> {
+async fn load(client: &tokio_postgres::Client, table: TableId, publications: Publications<'_>) -> Result<Option<Rules>, PgError> {
     let oid = i64::from(table.0);
     let by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[(&oid, Type::INT8)];
-    let head =
-        client.query_typed(TABLE, &[(&oid, Type::INT8), (&publication, Type::TEXT)]).await.map_err(PgError::when(DOING))?;
+    let head = client
+        .query_typed(TABLE, &[(&oid, Type::INT8), (&publications.realtime, Type::TEXT)])
+        .await
+        .map_err(PgError::when(DOING))?;
     let Some(head) = head.first() else { return Ok(None) };
     let snapshot: Snapshot =
         head.get::<_, &str>(4).parse().map_err(|e| PgError::Unexpected { doing: DOING, what: format!("{e}") })?;
@@ -144,7 +170,7 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publication: &str
         (Some(None), _) => RowRule::Nobody,
         (policy, filter) => {
             let parts: Vec<String> = policy.flatten().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
-            let mut question = reads(client, by_table, &mut changed).await?;
+            let mut question = reads(client, by_table, publications.cache, &mut changed).await?;
             question.expression = parts.join(" and ");
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
@@ -191,11 +217,14 @@ async fn policies(
 async fn reads(
     client: &tokio_postgres::Client,
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
+    heard_through: &str,
     changed: &mut Changed,
 ) -> Result<Question, PgError> {
-    let mut question = Question { expression: String::new(), needs: Vec::new(), reads: Vec::new(), reads_anything: false };
+    let mut question =
+        Question { expression: String::new(), needs: Vec::new(), reads: Vec::new(), reads_anything: false, unheard: None };
     let mut whole_row = false;
-    for row in client.query_typed(READS, by_table).await.map_err(PgError::when(DOING))? {
+    let params = [by_table, &[(&heard_through, Type::TEXT)]].concat();
+    for row in client.query_typed(READS, &params).await.map_err(PgError::when(DOING))? {
         changed.note(&row, 10);
         let (own, relation, itself): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
         let (schema, name): (&str, &str) = (row.get(5), row.get(6));
@@ -211,7 +240,14 @@ async fn reads(
             }
         } else {
             match row.get::<_, &str>(7) {
-                "r" | "p" => question.reads.push(TableName::new(schema, name)),
+                "r" | "p" => {
+                    // Commits raise the root's tag for its partitions.
+                    let heard: Option<String> = row.get(12);
+                    match heard.as_deref().and_then(|heard| heard.split_once('\n')) {
+                        Some((schema, name)) => question.reads.push(TableName::new(schema, name)),
+                        None => question.unheard = Some(TableName::new(schema, name)),
+                    }
+                }
                 _ => question.reads_anything = true,
             }
         }

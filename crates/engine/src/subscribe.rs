@@ -65,13 +65,17 @@ pub struct Opened {
     pub opening: Opening,
     /// Where the client stands with the opening: the id of its first event.
     pub position: Position,
-    replay: Vec<Bytes>,
+    replay: Replay,
     after: (walcast_model::Lsn, u32),
 }
 
 impl Opened {
     pub fn release(self, first: Vec<Bytes>) -> SubscriptionHandle {
-        self.handle.subscriber.gate.release(self.after, first.into_iter().chain(self.replay));
+        let frames = first.into_iter().chain(self.replay.frames);
+        match self.replay.more {
+            false => self.handle.subscriber.gate.release(self.after, frames),
+            true => self.handle.subscriber.gate.release_part(frames),
+        }
         self.handle
     }
 
@@ -101,7 +105,7 @@ impl Engine {
             // What was flushed before the stream was attached was committed before this subscription began.
             let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
             let position = Position { lsn: after.0, index: after.1, ..noted };
-            return Ok(Opened { handle, opening: Opening::Live, position, replay: Vec::new(), after });
+            return Ok(Opened { handle, opening: Opening::Live, position, replay: Replay::default(), after });
         };
         match replay(core, &handle, cursor, noted).await {
             Ok(replay) => {
@@ -110,7 +114,13 @@ impl Engine {
             }
             Err(reason) => {
                 core.metrics.resyncs.increment(1);
-                Ok(Opened { handle, opening: Opening::Resync(reason), position: noted, replay: Vec::new(), after: noted.place() })
+                Ok(Opened {
+                    handle,
+                    opening: Opening::Resync(reason),
+                    position: noted,
+                    replay: Replay::default(),
+                    after: noted.place(),
+                })
             }
         }
     }
@@ -128,8 +138,8 @@ async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, Su
     Ok(Wanted { binding, client_id: asked.client_id })
 }
 
-/// The frames between cursor and noted position, or why they cannot be given.
-async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Vec<Bytes>, &'static str> {
+/// The frames between cursor and noted position, or the first of them, or why they cannot be given.
+async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Replay, &'static str> {
     // Many come back at once: a few are replayed at a time, the others wait.
     let _turn = core.replays.acquire().await;
     if core.progress.unsettled().is_some() {
@@ -146,7 +156,7 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
     let index = handle.subscriber.own_index();
     let mut candidates = Vec::new();
     let mut found = Vec::new();
-    let mut replay = Replay { frames: Vec::new(), bytes: 0, limit_bytes: core.config.realtime.outbox_bytes / 4 * 3 };
+    let mut replay = Replay { limit_bytes: core.config.realtime.outbox_bytes / 4 * 3, ..Replay::default() };
     for commit in commits.iter().filter(|commit| commit.commit.lsn <= noted.lsn) {
         let items = match &commit.commit.scope {
             Scope::Whole(items) => items,
@@ -168,7 +178,10 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
             found.clear();
             index.subscriptions(change, &mut found);
             if candidates.len() >= CANDIDATES {
-                replay.add(core, std::mem::take(&mut candidates)).await?;
+                replay.add(core, std::mem::take(&mut candidates)).await;
+                if replay.more {
+                    return Ok(replay);
+                }
             }
             if !found.is_empty() {
                 let subscriber: Arc<_> = handle.subscriber.clone();
@@ -177,24 +190,31 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
             }
         }
     }
-    replay.add(core, candidates).await?;
-    Ok(replay.frames)
+    replay.add(core, candidates).await;
+    Ok(replay)
 }
 
-/// What one client may be replayed is less than its outbox holds: more would only close it again, for ever.
+/// What a client is replayed at one return: less than its outbox holds, or it would be closed as slow, for ever.
+#[derive(Default)]
 struct Replay {
     frames: Vec<Bytes>,
     bytes: usize,
     limit_bytes: usize,
+    /// It is only a part: the connection ends behind it, and the client comes back for the rest.
+    more: bool,
 }
 
 impl Replay {
-    async fn add(&mut self, core: &Core, candidates: Vec<Candidate<'_>>) -> Result<(), &'static str> {
+    async fn add(&mut self, core: &Core, candidates: Vec<Candidate<'_>>) {
         for (_, _, frame) in frames(core, candidates).await {
+            // One at least, however large: each return must lead further.
+            if self.bytes > self.limit_bytes {
+                self.more = true;
+                return;
+            }
             self.bytes += frame.len() + 64;
             self.frames.push(frame);
         }
-        if self.bytes > self.limit_bytes { Err("more was missed than can be replayed at once") } else { Ok(()) }
     }
 }
 

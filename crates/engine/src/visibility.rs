@@ -13,7 +13,7 @@ use std::{
 
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
-use walcast_auth::{RowRule, Rules, row_visibility};
+use walcast_auth::{Publications, RowRule, Rules, row_visibility};
 use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, Tag, TagHash};
 
 use crate::{
@@ -76,7 +76,17 @@ impl RuleBook {
             return Ok(rules.clone());
         }
         let generation = self.generation.load(Ordering::Acquire);
-        let rules = Rules::load(&core.pool, table, claims, &core.config.publication_realtime).await?.map(Arc::new);
+        let publications = Publications { realtime: &core.config.publication_realtime, cache: &core.config.publication_cache };
+        let rules = Rules::load(&core.pool, table, claims, publications).await?.map(Arc::new);
+        if let Some(Rules { rows: RowRule::Ask(question), name, .. }) = rules.as_deref()
+            && let Some(unheard) = &question.unheard
+        {
+            tracing::warn!(
+                table = %name, %unheard,
+                "a policy reads a table that is not in the cache's publication: subscribers are told to resync instead of hearing \
+                 changes; add it with `walcast migrate`"
+            );
+        }
         let mut book = self.rules.lock();
         // Retired while we read: what we read serves this batch, which the newer rules judge, but is not kept.
         if self.generation.load(Ordering::Acquire) == generation {
@@ -190,6 +200,10 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
     match &rules.rows {
         RowRule::All => verdicts,
         RowRule::Nobody => all(Verdict::Hide),
+        // Whether what decides moved since the commit cannot be told: nobody is shown anything.
+        RowRule::Ask(question) if question.unheard.is_some() => {
+            all(Verdict::Unsure("a policy reads a table that is not published"))
+        }
         RowRule::Ask(question) => {
             if let Err(reason) = ask(core, group, &rules, question, &mut verdicts).await {
                 core.metrics.withheld_errors.increment(group.changes.len() as u64);

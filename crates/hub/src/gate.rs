@@ -82,6 +82,15 @@ impl Gate {
         }
     }
 
+    /// Sends `first` and ends the connection behind it: there is more than is given at once, and the client comes back.
+    pub fn release_part(&self, first: impl IntoIterator<Item = Bytes>) {
+        // Under the lock: nothing that is offered may follow.
+        let mut state = self.state.lock();
+        let _ = first.into_iter().all(|frame| self.outbox.push_or_end(frame));
+        self.outbox.end_behind_queued();
+        *state = State::Open { after: (Lsn::MAX, u32::MAX) };
+    }
+
     /// Sends `first` (the join's answer, the replay), then what was held above `after`, and opens for good.
     pub fn release(&self, after: Place, first: impl IntoIterator<Item = Bytes>) {
         let mut state = self.state.lock();

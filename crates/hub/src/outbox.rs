@@ -73,15 +73,21 @@ impl Outbox {
     /// As [`Outbox::push`], but for what is owed to a client that came back: where it is more than fits, the client still
     /// gets what is queued, then the connection ends, and it comes back for the rest from further on.
     pub fn push_or_end(&self, frame: Bytes) -> bool {
-        let mut state = self.0.state.lock();
-        if state.closed.is_none() && state.bytes >= self.0.limit_bytes {
-            state.closed = Some(CloseReason::Ended("more is waiting than fits: reconnect to resume from the last position"));
-            drop(state);
-            self.0.wake.notify_one();
+        if self.queued_bytes() >= self.0.limit_bytes {
+            self.end_behind_queued();
             return false;
         }
-        drop(state);
         self.push(frame)
+    }
+
+    /// What is queued is still sent; nothing more is taken.
+    pub fn end_behind_queued(&self) {
+        let mut state = self.0.state.lock();
+        if state.closed.is_none() {
+            state.closed = Some(CloseReason::Ended("more is waiting than fits: reconnect to resume from the last position"));
+        }
+        drop(state);
+        self.0.wake.notify_one();
     }
 
     /// What is queued is dropped; the reader gets the reason next.

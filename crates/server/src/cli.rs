@@ -251,7 +251,8 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     }
     let Loaded { mut settings, effective } = load(&inputs(cli.settings)?)?;
     // The banner of `dev` is for reading: only trouble speaks after it, unless a level was asked for.
-    if matches!(cli.command, Command::Dev(_)) && effective.iter().any(|line| line.key == "log.level" && line.origin == "default") {
+    if matches!(cli.command, Command::Dev(_)) && effective.iter().any(|line| line.key == "log.level" && line.origin == "default")
+    {
         settings.log.level = "warn".into();
     }
     match cli.command {

@@ -55,13 +55,17 @@ async fn p4_a_write_for_one_patient_ends_that_patients_answers_and_leaves_the_ot
             &["active_medications", "patient_dashboard"],
         ),
         (
-            format!("insert into patient_alerts (patient_id, severity, kind, message) values ({PATIENT}, 'info', 'test', 'hello')"),
+            format!(
+                "insert into patient_alerts (patient_id, severity, kind, message) values ({PATIENT}, 'info', 'test', 'hello')"
+            ),
             &["patient_alerts", "patient_dashboard"],
         ),
         (format!("delete from patient_alerts where patient_id = {PATIENT}"), &["patient_alerts", "patient_dashboard"]),
         (format!("update patients set bed = 'Z9' where id = {PATIENT}"), &["patient_dashboard"]),
         (
-            format!("insert into messages (patient_id, provider_id, sender, body) values ({PATIENT}, 1, 'provider', 'good morning')"),
+            format!(
+                "insert into messages (patient_id, provider_id, sender, body) values ({PATIENT}, 1, 'provider', 'good morning')"
+            ),
             &["patient_messages"],
         ),
     ];
@@ -89,7 +93,10 @@ async fn p4_a_write_for_one_patient_ends_that_patients_answers_and_leaves_the_ot
                     let seen = reads.get(&path(query, patient)).await?;
                     // What a provider may see of a patient hangs on the patients' rows too, through the policies.
                     let hangs_on_patients = who == "provider" && write.contains("update patients");
-                    ensure!(hangs_on_patients || seen.is_fresh_hit(), "{who}: {query} of patient {patient} fell with `{write}`: {seen:?}");
+                    ensure!(
+                        hangs_on_patients || seen.is_fresh_hit(),
+                        "{who}: {query} of patient {patient} fell with `{write}`: {seen:?}"
+                    );
                 }
             }
             for query in *shown_by {
@@ -105,7 +112,9 @@ async fn p4_a_write_for_one_patient_ends_that_patients_answers_and_leaves_the_ot
     // Another's assignment ends what that provider saw, at once.
     let seen = provider.get(&path("patient_vitals", PATIENT)).await?;
     ensure!(seen.json()?.as_array().is_some_and(|rows| !rows.is_empty()), "{seen:?}");
-    client.batch_execute(&format!("update assignments set ended_at = now() where provider_id = 1 and patient_id = {PATIENT}")).await?;
+    client
+        .batch_execute(&format!("update assignments set ended_at = now() where provider_id = 1 and patient_id = {PATIENT}"))
+        .await?;
     service.heard().await?;
     let seen = provider.get(&path("patient_vitals", PATIENT)).await?;
     ensure!(seen.body == "[]", "P3: no longer assigned: {seen:?}");

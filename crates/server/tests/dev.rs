@@ -238,7 +238,8 @@ async fn a_second_dev_is_told_who_is_here_and_a_taken_port_is_said_before_anythi
     assert!(!place.path().join("postgres").exists(), "no database was made for nothing");
 
     let dev = place.dev(&["--no-writer"]).await?;
-    for arguments in [&["dev", "--port", "0"][..], &["dev", "--port", "0", "--reset"]] {
+    let same_port = dev.text("url").rsplit(':').next().unwrap_or_default().to_owned();
+    for arguments in [&["dev", "--port", &same_port][..], &["dev", "--port", "0"], &["dev", "--port", "0", "--reset"]] {
         let (code, _, err) = told(&place.command(arguments).output().await?);
         assert_eq!(code, 1);
         assert!(err.contains(&format!("as process {}", dev.pid())) && err.contains(dev.text("url")), "{err}");

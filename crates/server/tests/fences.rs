@@ -23,7 +23,8 @@ const SCHEMA: &str = "create table items (id bigint primary key, version bigint 
 
 const ITEM: &str = "-- name: item\n-- param: id bigint\nselect id, version from items where id = $1\n";
 /// Cannot be answered while somebody holds the gate; by then its snapshot has been taken.
-const GATED: &str = "-- name: gated\n-- param: id bigint\nselect i.id, i.version from items i, gate g where i.id = $1 and g.open\n";
+const GATED: &str =
+    "-- name: gated\n-- param: id bigint\nselect i.id, i.version from items i, gate g where i.id = $1 and g.open\n";
 
 struct House {
     postgres: TestPostgres,
@@ -269,7 +270,10 @@ async fn p4_and_p5_after_its_own_write_an_application_puts_and_asks_by_transacti
     house.reads.heard().await?;
     ensure!(!house.reads.get(&key(1)).await?.is_hit());
     // An older write of ours does not bring it back.
-    ensure!(house.reads.put(&key(1), By::Written(xid), "items:id=1", "2").await? != "stored" || !house.reads.get(&key(1)).await?.is_hit());
+    ensure!(
+        house.reads.put(&key(1), By::Written(xid), "items:id=1", "2").await? != "stored"
+            || !house.reads.get(&key(1)).await?.is_hit()
+    );
     // A transaction that did not touch what the value is made of says nothing about it.
     let refused = house.reads.put(&key(3), By::Written(later), "items:id=1, items:id=3", "1").await?;
     ensure!(refused == "unknown_transaction", "{refused}");
@@ -349,7 +353,17 @@ async fn p4_invalidation_by_hand_and_truncate_hold_when_they_answer_and_touch_no
 async fn p5_a_tag_that_no_commit_would_raise_is_refused_however_it_is_spelled() -> Result<()> {
     let house = House::open().await?;
     house.postgres.execute("create table unheard (id bigint primary key)").await?;
-    for tags in ["items:version=1", "unheard", "unheard:id=1", "public.items:id=1", "public.items", "items:id=01", "items:id= 1", "items:id=+1", "items:id=x"] {
+    for tags in [
+        "items:version=1",
+        "unheard",
+        "unheard:id=1",
+        "public.items:id=1",
+        "public.items",
+        "items:id=01",
+        "items:id= 1",
+        "items:id=+1",
+        "items:id=x",
+    ] {
         let answer = house.reads.fill(&key(1), tags, async || Ok("1".into())).await?;
         let seen = house.reads.get(&key(1)).await?;
         ensure!(answer == "untracked_tag" && !seen.is_hit(), "`{tags}`: {answer}");

@@ -46,10 +46,8 @@ impl House {
 
     /// Asks until the answer is kept, and hands it over.
     async fn kept(&self, reads: &Reads, path: &str) -> Result<Seen> {
-        wait::until_some(DEADLINE, format!("{path} is kept"), async || {
-            reads.get(path).await.ok().filter(Seen::is_fresh_hit)
-        })
-        .await
+        wait::until_some(DEADLINE, format!("{path} is kept"), async || reads.get(path).await.ok().filter(Seen::is_fresh_hit))
+            .await
     }
 
     async fn pets(&self, owner: i64) -> Result<Seen> {
@@ -136,7 +134,10 @@ async fn p5_tags_of_a_column_are_taken_from_applications_only_while_commits_rais
     ensure!(!house.reads.get(key).await?.is_hit());
     ensure!(fill().await? == "untracked_tag", "remembered from before the index was dropped");
     // A column that PostgreSQL computes is not in the stream.
-    house.postgres.execute("alter table pets add twice bigint generated always as (owner * 2) stored; create index on pets (twice)").await?;
+    house
+        .postgres
+        .execute("alter table pets add twice bigint generated always as (owner * 2) stored; create index on pets (twice)")
+        .await?;
     house.postgres.execute("update pets set name = 'd' where id = 1").await?;
     house.reads.heard().await?;
     let answer = house.reads.fill(key, "pets:twice=2", async || Ok("x".into())).await?;
@@ -156,7 +157,9 @@ async fn p5_a_query_planned_by_an_index_under_construction_keeps_nothing_that_la
     let writer = house.postgres.connect().await?;
     let cancel = writer.cancel_token();
     let commit = tokio::spawn(async move { writer.batch_execute("update pets set name = 'new' where id = 1").await });
-    let sees = async |what: &str, sql: &str| wait::until(DEADLINE, what, async || looker.query(sql, &[]).await.is_ok_and(|rows| !rows.is_empty())).await;
+    let sees = async |what: &str, sql: &str| {
+        wait::until(DEADLINE, what, async || looker.query(sql, &[]).await.is_ok_and(|rows| !rows.is_empty())).await
+    };
     sees("the commit waits for its standby", "select from pg_stat_activity where wait_event = 'SyncRep'").await?;
     house.reads.heard().await?;
     let builder = house.postgres.connect().await?;
@@ -227,7 +230,8 @@ async fn p5_a_fill_begun_before_the_table_was_redefined_is_not_stored_after_it()
 }
 
 #[tokio::test]
-async fn p3_and_p4_a_change_of_policy_or_privilege_retires_cached_answers_within_a_second_and_with_the_next_change() -> Result<()> {
+async fn p3_and_p4_a_change_of_policy_or_privilege_retires_cached_answers_within_a_second_and_with_the_next_change() -> Result<()>
+{
     let house = House::open().await?;
     let claims = serde_json::json!({ "team": "red" });
     let token = walcast_testkit::jwt(support::SECRET, "authenticated", Some("ada"), 3600, claims);
@@ -242,8 +246,14 @@ async fn p3_and_p4_a_change_of_policy_or_privilege_retires_cached_answers_within
     let all = [
         (deny, allow),
         ("revoke select on secrets from authenticated", "grant select on secrets to authenticated"),
-        ("drop policy by_team on secrets", "create policy by_team on secrets for select to authenticated using (team = auth.jwt() ->> 'team')"),
-        ("create policy nobody on secrets as restrictive for select to authenticated using (false)", "drop policy nobody on secrets"),
+        (
+            "drop policy by_team on secrets",
+            "create policy by_team on secrets for select to authenticated using (team = auth.jwt() ->> 'team')",
+        ),
+        (
+            "create policy nobody on secrets as restrictive for select to authenticated using (false)",
+            "drop policy nobody on secrets",
+        ),
     ];
     for (take, give) in all {
         ensure!(bodies(&house.kept(&ada, path).await?) == "r");

@@ -135,7 +135,10 @@ async fn p5_a_change_of_rules_or_keys_while_walcast_was_down_ends_what_was_kept_
     );
     migrate(&postgres, &schema, &[]).await?;
     let queries = tempfile::tempdir()?;
-    std::fs::write(queries.path().join("pets.sql"), "-- name: pets\n-- param: owner bigint\nselect name from named where owner = $1 order by name\n")?;
+    std::fs::write(
+        queries.path().join("pets.sql"),
+        "-- name: pets\n-- param: owner bigint\nselect name from named where owner = $1 order by name\n",
+    )?;
     let dir = queries.path().to_string_lossy().into_owned();
     let mut server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &dir)]).await?;
     let reads = Reads::service(&server);

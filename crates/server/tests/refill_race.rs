@@ -44,7 +44,8 @@ const SCHEMA: &str = "create table items (id bigint primary key, version bigint 
     insert into items select i, 0 from generate_series(1, 1000) i;
     grant select on items to service_role;";
 
-const ITEM_QUERY: &str = "-- name: item\n-- param: id bigint\n-- ttl: 10m\n-- max_rows: 1\nselect id, version from items where id = $1\n";
+const ITEM_QUERY: &str =
+    "-- name: item\n-- param: id bigint\n-- ttl: 10m\n-- max_rows: 1\nselect id, version from items where id = $1\n";
 
 struct Race {
     postgres: TestPostgres,
@@ -97,9 +98,16 @@ impl Race {
     }
 
     /// Listens as a client does and asks again for each row that it is told of.
-    async fn listen(&self, path: fn(i64) -> String, version: fn(&str) -> Option<i64>, counts: Arc<Counts>, over: Arc<AtomicBool>) -> Result<tokio::task::JoinHandle<Result<()>>> {
+    async fn listen(
+        &self,
+        path: fn(i64) -> String,
+        version: fn(&str) -> Option<i64>,
+        counts: Arc<Counts>,
+        over: Arc<AtomicBool>,
+    ) -> Result<tokio::task::JoinHandle<Result<()>>> {
         let token = self.server.token("service_role", None);
-        let mut events = SseStream::open(&format!("{}/sse/v1/changes?table=items&event=UPDATE", self.server.url), Some(&token), None).await?;
+        let mut events =
+            SseStream::open(&format!("{}/sse/v1/changes?table=items&event=UPDATE", self.server.url), Some(&token), None).await?;
         ensure!(events.next(DEADLINE).await?.event == "live");
         let reads = self.reads.clone();
         Ok(tokio::spawn(async move {
@@ -221,9 +229,8 @@ impl Controls {
     }
 
     fn stale(&self, truth: &HashMap<i64, i64>) -> (usize, usize) {
-        let count = |control: &Mutex<Control>| {
-            control.lock().unwrap().held.iter().filter(|(id, version)| truth[id] != **version).count()
-        };
+        let count =
+            |control: &Mutex<Control>| control.lock().unwrap().held.iter().filter(|(id, version)| truth[id] != **version).count();
         (count(&self.naive), count(&self.by_lsn))
     }
 }

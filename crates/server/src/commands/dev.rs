@@ -7,7 +7,13 @@ mod banner;
 mod clinic;
 mod home;
 
-use std::{io::IsTerminal, net::SocketAddr, path::Path, process::ExitCode, time::{Duration, Instant}};
+use std::{
+    io::IsTerminal,
+    net::SocketAddr,
+    path::Path,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Map, Value, json};
 use walcast_cluster::{Binaries, ClusterConfig, ClusterError, Supervised};
@@ -38,9 +44,10 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
     if let Some(port) = args.port {
         settings.server.listen.set_port(port);
     }
-    may_listen(settings.server.listen)?;
     let say = Progress::new(std::io::stdout().is_terminal());
+    // The directory before the port: whoever is here already is then named, and not only its port.
     let home = Home::open()?;
+    may_listen(settings.server.listen)?;
     if args.reset {
         say.step("removing the old data");
         home.reset()?;
@@ -94,7 +101,7 @@ struct Dev {
     state: DevState,
 }
 
-/// Before anything is made: loopback only, and the port must be free.
+/// Before a database is made: loopback only, and the port must be free.
 fn may_listen(listen: SocketAddr) -> Result<(), Failure> {
     if !listen.ip().is_loopback() {
         let why = format!("`walcast dev` gives its keys to every page, so it listens on loopback only, not on {listen}");

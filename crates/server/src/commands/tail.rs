@@ -158,7 +158,10 @@ impl Watch {
             "live" => eprintln!("{}", self.painter.notice("live")),
             "resumed" => eprintln!("{}", self.painter.notice("resumed, nothing was missed")),
             "position" => {}
-            other => eprintln!("{}", self.painter.notice(&format!("{other} {data}"))),
+            other => match data.get("reason").and_then(Value::as_str) {
+                Some(reason) => eprintln!("{}", self.painter.notice(&format!("{other}: {reason}"))),
+                None => eprintln!("{}", self.painter.notice(&format!("{other} {data}"))),
+            },
         }
         Ok(())
     }

@@ -82,7 +82,7 @@ impl Banner<'_> {
         ];
         let mut group = |title: &str, pairs: &[(String, String)]| {
             lines.extend([String::new(), ink.bold(title)]);
-            lines.extend(pairs.iter().flat_map(|(what, text)| [format!("  {}", ink.dim(what)), format!("  {text}")]));
+            lines.extend(pairs.iter().flat_map(|(what, text)| [format!("  {}", ink.dim(what)), format!("    {text}")]));
         };
         let pair = |what: &str, text: String| (what.to_owned(), text);
         group(

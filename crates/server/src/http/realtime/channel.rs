@@ -7,7 +7,9 @@ use std::{
 
 use bytes::Bytes;
 use serde_json::{Value, json};
-use walcast_engine::{Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event};
+use walcast_engine::{
+    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event,
+};
 use walcast_protocol::{
     join::Join,
     phoenix::{Inbound, Vsn, end, push, reply},
