@@ -15,14 +15,24 @@ impl Figures {
 
     /// The value that a share of all (0 to 1) does not exceed; not a number if nothing was measured.
     pub fn at(&self, share: f64) -> f64 {
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
+        let sorted = self.sorted();
         let last = sorted.len().saturating_sub(1) as f64;
         sorted.get((share * last).round() as usize).copied().unwrap_or(f64::NAN)
     }
 
+    /// Of an even number of measurements the middle of the two in the middle.
     pub fn median(&self) -> f64 {
-        self.at(0.5)
+        let sorted = self.sorted();
+        match sorted.len() {
+            0 => f64::NAN,
+            count => (sorted[(count - 1) / 2] + sorted[count / 2]) / 2.0,
+        }
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted
     }
 
     /// `median (least–most)`.
@@ -61,5 +71,7 @@ mod tests {
         [5.0, 1.0, 3.0].into_iter().for_each(|value| figures.add(value));
         assert_eq!(figures.show(1), "3.0 (1.0–5.0)");
         assert_eq!((figures.at(0.99), figures.len()), (5.0, 3));
+        figures.add(6.0);
+        assert_eq!(figures.median(), 4.0, "between the two in the middle");
     }
 }

@@ -65,6 +65,8 @@ pub enum PutFailure {
     TicketRequired(String),
     #[error("{0} is not raised by commits: {1}")]
     UntrackedTag(Tag, String),
+    #[error("a value that depends on more than single rows cannot be put by the transaction that wrote one of them")]
+    ManyRows,
     #[error("transaction {0} has not touched each of the value's tags, as far as the stream tells")]
     UnknownTransaction(u64),
     #[error(transparent)]
@@ -122,7 +124,12 @@ impl Engine {
             Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
             Written::External if external => core.cache.external_fence(),
             Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
-            Written::By(xid) => core.fence_of(Xid(xid), &of_tables).await?,
+            // The writer of a row holds its lock, so nobody wrote it after him unseen; of other rows he can vouch for nothing.
+            Written::By(_) if of_tables.iter().any(|tag| !tag.one_row) => return Err(PutFailure::ManyRows),
+            Written::By(xid) => {
+                let tags: Vec<Tag> = of_tables.into_iter().map(|of_table| of_table.tag).collect();
+                core.fence_of(Xid(xid), &tags).await?
+            }
         };
         Ok(core.cache.put(key, value, fence)?)
     }
@@ -219,7 +226,7 @@ impl Core {
 
     /// A tag that looks like a table's must be one that commits raise, spelled as they spell it, or the value would
     /// never fall. Answers the tags that are a table's.
-    async fn check_tags(&self, tags: &[Tag]) -> Result<Vec<Tag>, PutFailure> {
+    async fn check_tags(&self, tags: &[Tag]) -> Result<Vec<OfTable>, PutFailure> {
         let mut of_tables = Vec::new();
         for tag in tags {
             let Some((table, row)) = tag.names() else { continue };
@@ -229,10 +236,14 @@ impl Core {
             if !facts.published {
                 return refused("the table is not in the cache's publication; `walcast migrate` adds it");
             }
+            let mut one_row = false;
             let raised = match row {
                 None => Some(Tag::table(&table)),
                 Some((column, value)) => match facts.columns.iter().find(|known| known.name == column) {
-                    Some(known) => as_streamed(&known.type_name, &value).and_then(|value| Tag::row(&table, &column, &value)),
+                    Some(known) => {
+                        one_row = known.unique;
+                        as_streamed(&known.type_name, &value).and_then(|value| Tag::row(&table, &column, &value))
+                    }
                     None => {
                         return refused(
                             "the column is in no key, index or foreign key, or its type cannot be compared by text; use the table's tag",
@@ -241,7 +252,7 @@ impl Core {
                 },
             };
             match raised {
-                Some(raised) if raised == *tag => of_tables.push(raised),
+                Some(raised) if raised == *tag => of_tables.push(OfTable { tag: raised, one_row }),
                 Some(raised) => return refused(&format!("commits spell it {raised}")),
                 None => return refused("no row can have that value"),
             }
@@ -289,6 +300,12 @@ impl Core {
         let rows = lease.query_typed(sql, params).await.map_err(PgError::when(doing))?;
         Ok(rows.first().is_some_and(|row| row.get(0)))
     }
+}
+
+/// A tag that commits raise, and whether it means one row.
+struct OfTable {
+    tag: Tag,
+    one_row: bool,
 }
 
 /// What commits raise for a table.

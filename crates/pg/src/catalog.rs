@@ -24,6 +24,8 @@ pub struct ColumnFacts {
     pub kind: ValueKind,
     /// In a key, an index or a foreign key, and of a type whose text is its value.
     pub tagged: bool,
+    /// A unique index holds this column alone: its value means one row.
+    pub unique: bool,
     /// Never streamed by pgoutput up to PostgreSQL 17.
     pub generated: bool,
 }
@@ -48,7 +50,9 @@ select a.attname::text, a.atttypid::int8, t.typname::text, a.attgenerated <> '' 
        exists (select from pg_catalog.pg_index i where i.indrelid = a.attrelid and a.attnum = any (i.indkey::int2[]))
        or exists (select from pg_catalog.pg_constraint c where c.conrelid = a.attrelid and c.contype = 'f' and a.attnum = any (c.conkey))
          as indexed,
-       a.attrelid::int8
+       a.attrelid::int8,
+       exists (select from pg_catalog.pg_index i where i.indrelid = a.attrelid and i.indisunique and i.indnkeyatts = 1
+         and i.indpred is null and i.indkey[0] = a.attnum) as alone
 from pg_catalog.pg_attribute a
 join pg_catalog.pg_type t on t.oid = a.atttypid
 left join pg_catalog.pg_collation co on co.oid = a.attcollation
@@ -164,6 +168,7 @@ async fn table(lease: &Lease, id: TableId) -> Result<Option<TableFacts>, PgError
                 kind: kind(*oid, &types),
                 tagged: tagged(row),
                 generated: row.get(3),
+                unique: row.get(7),
                 type_name,
             }
         })

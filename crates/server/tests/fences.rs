@@ -278,6 +278,10 @@ async fn p4_and_p5_after_its_own_write_an_application_puts_and_asks_by_transacti
     let refused = house.reads.put(&key(3), By::Written(later), "items:id=1, items:id=3", "1").await?;
     ensure!(refused == "unknown_transaction", "{refused}");
 
+    // Of a whole table one transaction can vouch for nothing: others may have written it unseen.
+    let refused = house.reads.put(&key(4), By::Written(later), "items", "[]").await?;
+    ensure!(refused == "ticket_required", "{refused}");
+
     // By position: what was invalidated up to there, and what untouched entries are known to contain.
     let position = house.reads.delete(&key(90)).await?;
     let seen = house.reads.get_at_least(&key(2), &position).await?;

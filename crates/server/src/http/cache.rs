@@ -139,6 +139,9 @@ fn put_refused(error: PutFailure) -> Refusal {
     match error {
         PutFailure::TicketRequired(_) => Refusal::new(StatusCode::PRECONDITION_REQUIRED, "ticket_required", text)
             .hint("GET the key first and send back the Walcast-Ticket of its miss"),
+        PutFailure::ManyRows => Refusal::new(StatusCode::PRECONDITION_REQUIRED, "ticket_required", text).hint(
+            "tag it by unique keys only, or GET the key before the transaction begins and send the Walcast-Ticket of its miss",
+        ),
         PutFailure::UntrackedTag(..) => Refusal::new(StatusCode::UNPROCESSABLE_ENTITY, "untracked_tag", text)
             .hint("use the table's own tag, index the column, or publish the table"),
         PutFailure::Put(error) => {
