@@ -20,7 +20,7 @@ const reads = new ReadLog({
   bars: $('reads'),
 })
 const changes = new ChangeLog({ delay: $('change-delay'), median: $('change-median'), list: $('changes') })
-const ward = new Ward({ list: $('ward'), summary: $('ward-summary'), onChoose: choose })
+const ward = new Ward({ list: $('ward'), summary: $('ward-summary'), onChoose: chooseByHand })
 
 let who = 'provider'
 let live = null
@@ -94,6 +94,12 @@ function choose(patientId) {
   ward.choose(patientId)
   reads.clear()
   readDashboard('chosen')
+}
+
+/** Where the dashboard is not beside the ward, it is brought into sight. */
+function chooseByHand(patientId) {
+  choose(patientId)
+  if (!SIDE_BY_SIDE.matches) $('dashboard-title').scrollIntoView()
 }
 
 /** A live change: the ward takes it as it is; the chosen patient's dashboard is read anew. */

@@ -8,7 +8,7 @@ export async function readNamedQuery(session, who, name, parameters = {}) {
   const ask = async () => fetch(`/query/v1/${name}?${query}`, {
     cache: 'no-store',
     headers: { authorization: `Bearer ${await session.token(who)}`, accept: 'application/json' },
-  })
+  }).catch(() => { throw new Error('The server does not answer. What is shown is from before; it is asked again.') })
   await session.get()
 
   let began = performance.now()

@@ -102,6 +102,7 @@ test('a new reading is heard, drops the answer, and the fresh one is cached agai
   await readAfter(seen, 'miss')
   await readAfter(await page.evaluate((after) => Number([...document.querySelectorAll('#reads li[data-state="miss"]')]
     .find((li) => Number(li.dataset.read) > after).dataset.read), seen), 'hit')
+  if (process.env.UPDATE_SCREENSHOT === '1') await page.waitForFunction(() => document.querySelectorAll('#reads li').length >= 14, null, { timeout: 90_000 })
   await screenshot('dashboard')
 })
 
@@ -180,6 +181,8 @@ test('a narrow screen needs no sideways scrolling', async () => {
   await choose(id)
   const [needed, had] = await page.evaluate(() => [document.documentElement.scrollWidth, document.documentElement.clientWidth])
   assert.ok(needed <= had, `${needed} px in ${had} px`)
+  const { y } = await page.locator('#dashboard-title').boundingBox()
+  assert.ok(y >= 0 && y < 844, `who chose a patient sees the dashboard (${y} px down)`)
   await screenshot('narrow')
 })
 

@@ -34,6 +34,7 @@ pub struct Progress {
     catch_up: AtomicU64,
     unsettled: Mutex<Option<Unsettled>>,
     intake_waits: AtomicBool,
+    streams: AtomicU64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -58,6 +59,7 @@ impl Default for Progress {
             catch_up: AtomicU64::new(0),
             unsettled: Mutex::new(None),
             intake_waits: AtomicBool::new(false),
+            streams: AtomicU64::new(0),
         }
     }
 }
@@ -144,7 +146,15 @@ impl Progress {
         self.stream.borrow().clone()
     }
 
+    /// Counts losses of the stream: what was learned of transaction ids before one does not hold after it.
+    pub fn streams(&self) -> u64 {
+        self.streams.load(Ordering::Acquire)
+    }
+
     pub fn note_stream(&self, state: StreamState) {
+        if matches!(state, StreamState::Away { .. }) {
+            self.streams.fetch_add(1, Ordering::AcqRel);
+        }
         self.stream.send_replace(state);
     }
 

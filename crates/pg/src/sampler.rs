@@ -6,6 +6,7 @@
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio_postgres::{Client, Statement};
 use walcast_model::{Lsn, Snapshot};
 
 use crate::{ConnectConfig, PgError};
@@ -86,24 +87,37 @@ async fn answer(
     }
 }
 
-async fn sample(config: &ConnectConfig, client: &mut Option<tokio_postgres::Client>) -> Result<Sample, PgError> {
+/// Planned once per connection: this is asked after almost every commit. The replication connection beside it
+/// cannot pass through a pooler either.
+struct Connection {
+    client: Client,
+    question: Statement,
+}
+
+async fn open(config: &ConnectConfig) -> Result<Connection, PgError> {
+    const SQL: &str = "select s.snapshot::text, r.recovering, \
+         (case when r.recovering then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end)::text \
+         from (select pg_current_snapshot() as snapshot offset 0) s, (select pg_is_in_recovery() as recovering offset 0) r";
+    let client = config.connect().await?;
+    let question = client.prepare_typed(SQL, &[]).await.map_err(PgError::when(DOING))?;
+    Ok(Connection { client, question })
+}
+
+async fn sample(config: &ConnectConfig, kept: &mut Option<Connection>) -> Result<Sample, PgError> {
     // Taken out for the time of the question: whatever goes wrong, the next one begins with a new connection.
-    let connection = match client.take() {
-        Some(connection) if !connection.is_closed() => connection,
-        _ => config.connect().await?,
+    let connection = match kept.take() {
+        Some(connection) if !connection.client.is_closed() => connection,
+        _ => open(config).await?,
     };
     let answer = tokio::time::timeout(ANSWER_TIMEOUT, ask(&connection))
         .await
         .map_err(|_| PgError::Away { doing: DOING, source: "no answer in 5 s".into() })??;
-    *client = Some(connection);
+    *kept = Some(connection);
     Ok(answer)
 }
 
-async fn ask(client: &tokio_postgres::Client) -> Result<Sample, PgError> {
-    const SQL: &str = "select s.snapshot::text, r.recovering, \
-         (case when r.recovering then pg_last_wal_replay_lsn() else pg_current_wal_insert_lsn() end)::text \
-         from (select pg_current_snapshot() as snapshot offset 0) s, (select pg_is_in_recovery() as recovering offset 0) r";
-    let rows = client.query_typed(SQL, &[]).await.map_err(PgError::when(DOING))?;
+async fn ask(connection: &Connection) -> Result<Sample, PgError> {
+    let rows = connection.client.query(&connection.question, &[]).await.map_err(PgError::when(DOING))?;
     let row = rows.first().ok_or_else(|| unexpected("no row"))?;
     let text = |index: usize| row.try_get::<_, &str>(index).map_err(|error| unexpected(&error.to_string()));
     let snapshot: Snapshot = text(0)?.parse().map_err(|error| unexpected(&format!("{error}")))?;

@@ -175,6 +175,9 @@ async fn p4_nobody_is_told_of_a_commit_before_a_reader_can_find_it() -> Result<(
 async fn p4_a_reader_who_was_told_of_a_commit_does_not_share_a_flight_that_began_before_it() -> Result<()> {
     let house = House::open().await?;
     let path = "/query/v1/gated?id=7";
+    // The stream has described the table and the plan is made: from here on nobody waits at the gate but to compute.
+    house.postgres.execute("update items set version = 2 where id = 50").await?;
+    house.reads.settled().await?;
     ensure!(house.reads.get("/query/v1/gated?id=8").await?.status == 200, "the plan is made");
     let mut events = house.listen().await?;
     let gatekeeper = house.postgres.connect().await?;

@@ -31,6 +31,9 @@ struct Queue {
     held: VecDeque<InFlight>,
     bytes: usize,
     head_since: Instant,
+    /// The newest snapshot, and the stream that it belongs to. What it sees stays visible, so it settles whatever it can
+    /// before another is asked for: a backlog is drained with one.
+    seen: Option<(u64, Snapshot)>,
     /// Set while the bound is exceeded.
     overrun: Option<Overrun>,
 }
@@ -42,7 +45,7 @@ struct Overrun {
 }
 
 pub async fn run(core: Arc<Core>, mut inbox: mpsc::Receiver<Intake>, announce: mpsc::Sender<Announcement>) {
-    let mut queue = Queue { core, held: VecDeque::new(), bytes: 0, head_since: Instant::now(), overrun: None };
+    let mut queue = Queue { core, held: VecDeque::new(), bytes: 0, head_since: Instant::now(), seen: None, overrun: None };
     let mut pause = PAUSE_FIRST;
     loop {
         if queue.is_empty() {
@@ -60,10 +63,16 @@ pub async fn run(core: Arc<Core>, mut inbox: mpsc::Receiver<Intake>, announce: m
         if queue.is_empty() {
             continue;
         }
+        if queue.settle_seen(&announce).await {
+            continue;
+        }
+        let stream = queue.core.progress.streams();
         let moved = match queue.core.sampler.fresh().await {
             Ok(sample) => {
                 queue.core.progress.note_xmax(sample.snapshot.xmax);
-                queue.settle(&sample.snapshot, &announce).await
+                let moved = queue.settle(&sample.snapshot, &announce).await;
+                queue.seen = Some((stream, sample.snapshot));
+                moved
             }
             Err(error) => {
                 tracing::debug!(%error, "no snapshot; commits wait");
@@ -114,6 +123,18 @@ impl Queue {
                 self.core.progress.note_unsettled(None);
                 let _ = announce.send(Announcement::NewEpoch { from, reason }).await;
             }
+        }
+    }
+
+    /// After a loss of the stream transaction ids may be used again: an older snapshot says nothing then.
+    async fn settle_seen(&mut self, announce: &mpsc::Sender<Announcement>) -> bool {
+        match self.seen.take() {
+            Some((stream, snapshot)) if stream == self.core.progress.streams() => {
+                let moved = self.settle(&snapshot, announce).await;
+                self.seen = Some((stream, snapshot));
+                moved
+            }
+            _ => false,
         }
     }
 

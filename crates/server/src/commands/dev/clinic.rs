@@ -144,9 +144,9 @@ pub async fn publish_new_tables(admin_url: String) {
     }
 }
 
-/// Each part begins with `-- name:` and is one statement.
+/// Each part begins with a line `-- name: …` and is one statement. The file's head may speak of such lines.
 fn statements(text: &str) -> Vec<String> {
-    let parts = text.split("-- name:").skip(1);
+    let parts = text.split("\n-- name:").skip(1);
     parts.filter_map(|part| part.split_once('\n')).map(|(_, sql)| sql.trim().trim_end_matches(';').to_owned()).collect()
 }
 
