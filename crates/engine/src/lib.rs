@@ -1,6 +1,6 @@
 //! The corridor: wires the rooms into the pipeline, owns the tasks, is the embeddable face.
 //!
-//! [`Engine::start`] attaches to a database; [`Engine::subscribe`], [`Engine::cache`] and [`Engine::query`] are the three
+//! [`Engine::start`] attaches to a database; [`Engine::subscribe`], [`Engine::cache_get`] and [`Engine::query`] are the three
 //! ways through the house. What happens when a row changes: [`pipeline`].
 
 pub mod cache_face;
