@@ -6,7 +6,7 @@
 //! anybody: when a relation is described it hands it out ([`Step::NeedsTable`]) and waits for [`Assembler::define`].
 //!
 //! Bound: the items of the open transaction, in bytes. Above it they are dropped and only the touched tables and
-//! the count are kept ([`Scope::TooLarge`]), so a huge transaction costs a map entry for each table.
+//! the count are kept (`Scope::TooLarge`), so a huge transaction costs a map entry for each table.
 
 mod image;
 #[cfg(test)]
