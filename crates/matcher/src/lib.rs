@@ -1,4 +1,4 @@
-//! A pure index with two doors: [`tags`] of a commit, and the subscriptions of a change ([`Index`]).
+//! A pure index with two doors: [`tags()`] of a commit, and the subscriptions of a change ([`Index`]).
 //! No I/O, no claims, no time.
 
 mod binding;
