@@ -15,6 +15,7 @@ use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
 use walcast_auth::{Publications, RowRule, Rules, row_visibility};
 use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, Tag, TagHash};
+use walcast_pg::PgError;
 
 use crate::{
     Core,
@@ -70,7 +71,7 @@ impl RuleBook {
         self.rules.lock().clear();
     }
 
-    async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, walcast_pg::PgError> {
+    async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
         let key = (table, claims.role().to_owned());
         if let Some(rules) = self.rules.lock().get(&key) {
             return Ok(rules.clone());
@@ -107,6 +108,8 @@ const AT_ONCE: usize = 4;
 /// Images in one statement.
 const IMAGES: usize = 1_000;
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+/// For a database that restarts; who waits longer is told to read again.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One verdict for each candidate, in order.
 pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
@@ -166,7 +169,7 @@ fn filters_readable(candidate: &Candidate<'_>, verdict: Verdict) -> Verdict {
 async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
     let all = |verdict: Verdict| vec![verdict; group.changes.len()];
     let Some((_, _, first)) = group.changes.first() else { return Vec::new() };
-    let rules = match core.rules.get(core, first.table.id, &group.claims).await {
+    let rules = match patiently(|| core.rules.get(core, first.table.id, &group.claims)).await {
         Ok(Some(rules)) => rules,
         Ok(None) => return all(Verdict::Hide),
         Err(error) => {
@@ -235,7 +238,8 @@ async fn ask(
     for batch in images.chunks(IMAGES) {
         let rows: Vec<_> = batch.iter().map(|(_, _, table, row)| (*table, *row)).collect();
         let nonce = core.next_nonce();
-        let asked = row_visibility::ask(&core.pool, rules, question, &group.claims, &rows, nonce, ASK_TIMEOUT).await;
+        let ask = || row_visibility::ask(&core.pool, rules, question, &group.claims, &rows, nonce, ASK_TIMEOUT);
+        let asked = patiently(ask).await;
         let answer = asked.map_err(|error| {
             tracing::warn!(table = %rules.name, role = group.claims.role(), %error, "row visibility cannot be asked: withheld");
             "authorisation failed"
@@ -284,6 +288,20 @@ async fn ask(
         }
     }
     Ok(())
+}
+
+/// Asks again while the database is away: a restart in the middle of an announcement is no reason to lose it.
+async fn patiently<T, Fut>(ask: impl Fn() -> Fut) -> Result<T, PgError>
+where
+    Fut: Future<Output = Result<T, PgError>>,
+{
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match ask().await {
+            Err(error) if error.is_away() && Instant::now() < until => tokio::time::sleep(Duration::from_millis(100)).await,
+            answer => return answer,
+        }
+    }
 }
 
 /// Waits until the stream has brought everything that the answer's snapshot can have seen.

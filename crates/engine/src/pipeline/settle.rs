@@ -76,6 +76,8 @@ pub async fn run(core: Arc<Core>, mut inbox: mpsc::Receiver<Intake>, announce: m
             }
             Err(error) => {
                 tracing::debug!(%error, "no snapshot; commits wait");
+                // Nobody was asked: an outage says nothing about visibility.
+                queue.head_since = Instant::now();
                 false
             }
         };

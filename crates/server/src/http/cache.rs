@@ -184,8 +184,10 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: By
         Refusal::new(StatusCode::BAD_REQUEST, code, why)
             .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
     };
-    let asked: Invalidate =
-        serde_json::from_slice(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
+    let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| {
+        tracing::debug!(%error, "an invalidation that cannot be read");
+        wrong("bad_body", "the body is not an object of namespace, keys and tags".into())
+    })?;
     let mut raised = Vec::new();
     match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
         (None, true, true) => return Err(wrong("nothing_named", "the request names nothing to invalidate".into())),
