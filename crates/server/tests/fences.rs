@@ -15,9 +15,9 @@ use tokio_postgres::{Client, NoTls};
 use walcast_testkit::{SseStream, TestPostgres, wait};
 
 const SCHEMA: &str = "create table items (id bigint primary key, version bigint not null);
-    create table gate (open boolean);
+    create table gate (id bigint primary key, open boolean);
     insert into items select i, 1 from generate_series(1, 100) i;
-    insert into gate values (true);
+    insert into gate values (1, true);
     create table lists (id bigint primary key);
     grant select on items, gate, lists to service_role;";
 
@@ -25,6 +25,8 @@ const ITEM: &str = "-- name: item\n-- param: id bigint\nselect id, version from 
 /// Cannot be answered while somebody holds the gate; by then its snapshot has been taken.
 const GATED: &str =
     "-- name: gated\n-- param: id bigint\nselect i.id, i.version from items i, gate g where i.id = $1 and g.open\n";
+
+const AT_THE_GATE: &str = "select 1 from pg_locks where relation = 'gate'::regclass and not granted";
 
 struct House {
     postgres: TestPostgres,
@@ -185,8 +187,7 @@ async fn p4_a_reader_who_was_told_of_a_commit_does_not_share_a_flight_that_began
     let waiting = async |count: usize| {
         let looker = house.postgres.connect().await?;
         wait::until(DEADLINE, format!("{count} queries wait at the gate"), async || {
-            let sql = "select 1 from pg_locks where relation = 'gate'::regclass and not granted";
-            looker.query(sql, &[]).await.is_ok_and(|rows| rows.len() >= count)
+            looker.query(AT_THE_GATE, &[]).await.is_ok_and(|rows| rows.len() >= count)
         })
         .await
     };
@@ -199,11 +200,17 @@ async fn p4_a_reader_who_was_told_of_a_commit_does_not_share_a_flight_that_began
     house.postgres.execute("update items set version = 2 where id = 7").await?;
     ensure!(events.next(DEADLINE).await?.event == "change");
     let told: Vec<_> = (0..4).map(|_| ask()).collect();
-    // All of them are under way, in the same flight or not.
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    wait::until(DEADLINE, "all of them are in the flight", async || {
+        let metrics = house.reads.get("/metrics").await.map(|seen| seen.body).unwrap_or_default();
+        metrics.lines().any(|line| line == "walcast_cache_joins_total 5")
+    })
+    .await?;
+    let looker = house.postgres.connect().await?;
+    let first_flight = looker.query(AT_THE_GATE, &[]).await?.len();
     gatekeeper.batch_execute("commit").await?;
 
-    // Control: the flight that began before the commit really carries the old value.
+    // Controls: it was one flight for all, and it began before the commit.
+    ensure!(first_flight == 1, "{first_flight} queries waited at the gate: nobody joined");
     ensure!(version(&first.await??)? == 1, "the flight began too late to prove anything");
     let _ = joined.await??;
     for seen in told {

@@ -153,6 +153,13 @@ async fn p5_a_change_of_rules_or_keys_while_walcast_was_down_ends_what_was_kept_
         // Another answer without any row's change.
         ("create or replace view named as select id, keeper as owner, upper(name) as name from pets", "select 1", "MAX"),
     ] {
+        // Described, planned, settled: what is kept then is narrowed, and hangs on nothing else.
+        postgres.execute("update pets set name = name where id = 2").await?;
+        reads.heard().await?;
+        ensure!(reads.get(path).await?.status == 200);
+        reads.settled().await?;
+        postgres.execute("update pets set name = name where id in (1, 2)").await?;
+        reads.settled().await?;
         ensure!(reads.get(path).await?.status == 200);
         wait::until(DEADLINE, "the answer is kept", async || reads.get(path).await.is_ok_and(|seen| seen.is_fresh_hit())).await?;
         in_l2(&client, 1).await?;

@@ -185,8 +185,8 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: By
             .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
     };
     let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| {
-        tracing::debug!(%error, "an invalidation that cannot be read");
-        wrong("bad_body", "the body is not an object of namespace, keys and tags".into())
+        let why = error.to_string().replace("struct Invalidate", "an object with namespace, keys, tags");
+        wrong("bad_body", format!("the body cannot be read: {why}"))
     })?;
     let mut raised = Vec::new();
     match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
