@@ -88,10 +88,18 @@ impl Banner<'_> {
         group(
             "Point your code here",
             &[
-                pair("URL, for supabase-js and everything else", url.clone()),
-                pair("anon key", anon_key.clone()),
-                pair("service key: sees everything, for servers only", service_key.clone()),
+                pair("URL, for supabase-js and everything else over HTTP", url.clone()),
+                pair("WebSocket", format!("{}/realtime/v1/websocket", url.replacen("http", "ws", 1))),
                 pair("database, as its administrator", self.state.admin_database_url.clone()),
+            ],
+        );
+        group(
+            "Keys",
+            &[
+                pair("anon", anon_key.clone()),
+                pair("service_role: sees everything, for servers only", service_key.clone()),
+                pair(&format!("provider {}, user {}", provider.name, provider.user_id), provider.token.clone()),
+                pair(&format!("patient {id} {}, user {}", patient.name, patient.user_id), patient.token.clone()),
             ],
         );
         let token = format!("{walcast} token --sub {}", provider.user_id);
@@ -104,11 +112,7 @@ impl Banner<'_> {
                     "ask for a dashboard: the first time computed, then a hit, until a row of this patient changes",
                     format!("curl -si -H \"Authorization: Bearer $({token})\" '{query}' | grep -i '^cache-status'"),
                 ),
-                pair(&format!("a token for {}, the provider of the page", provider.name), token.clone()),
-                pair(
-                    &format!("a token for {}, patient {id}", patient.name),
-                    format!("{walcast} token --sub {}", patient.user_id),
-                ),
+                pair("a token for somebody else", format!("{walcast} token --sub UUID --expires 1h")),
             ],
         );
         let writer = match self.rate {
