@@ -1,5 +1,7 @@
 //! The kill test: a client hears each of 100,000 commits exactly once and in order, while Walcast and PostgreSQL are
 //! killed again and again. PostgreSQL's own decoder is the judge.
+//!
+//! Promises P1 (order) and P2 (no silent gap).
 
 #[path = "kill/judge.rs"]
 mod judge;

@@ -1,5 +1,7 @@
 //! What a client of the realtime wire should not do: send nonsense, come with a wrong key, not read, vanish. It gets a
 //! reason where there is one to give; the program and the others live on.
+//!
+//! Promises P7 and P9 (no orphan).
 
 mod support;
 

@@ -1,4 +1,6 @@
 //! What a listener of the event stream is told: where it goes on, when it must read again, what its rows look like.
+//!
+//! Promises P1, P2 and P7 (bounds).
 
 mod support;
 

@@ -1,5 +1,7 @@
 //! What a listener of the event stream is told when something breaks: PostgreSQL, the slot, the listener itself, or a
 //! standby that never answers. Nothing is lost in silence, and nothing grows.
+//!
+//! Promises P2, P7 and P8 (the database is safe).
 
 mod support;
 
