@@ -15,8 +15,11 @@ use std::{
 use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
 
 use crate::{
-    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, Stats, TicketError, Tickets, entry::now_ms,
-    flight::Flights, invalidate::Judge, l1::L1,
+    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, Stats, TicketError, Tickets,
+    entry::{Life, now_ms},
+    flight::Flights,
+    invalidate::Judge,
+    l1::L1,
 };
 
 #[derive(Clone)]
@@ -155,8 +158,6 @@ impl PutError {
     }
 }
 
-static DEFAULT_NAMESPACE: NamespaceConfig = NamespaceConfig { ttl: None, external: false, serve_stale: false };
-
 impl Cache {
     /// Begins without hearing: call [`Cache::set_hearing`] once commits raise the clock.
     pub fn new(config: CacheConfig, clock: Arc<TagClock>, l2: Option<L2>) -> Cache {
@@ -205,7 +206,7 @@ impl Cache {
     pub fn namespace(&self, name: &str) -> Option<&NamespaceConfig> {
         match self.0.config.namespaces.get(name) {
             None if self.0.config.strict => None,
-            found => Some(found.unwrap_or(&DEFAULT_NAMESPACE)),
+            found => Some(found.unwrap_or(&self.0.config.unnamed)),
         }
     }
 
@@ -282,7 +283,7 @@ impl Cache {
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        let entry = Arc::new(Entry::new(key, value, ttl, fence, now_ms()));
+        let entry = Arc::new(Entry::new(key, value, Life { fresh: ttl, stale: namespace.stale_life() }, fence, now_ms()));
         Ok(self.store(key, entry))
     }
 
@@ -337,7 +338,7 @@ impl Cache {
         let entry = self.0.l1.get(key).ok_or(MissReason::Absent)?;
         let verdict = self.judged(&entry, Tier::L1, at_least);
         let is_over = matches!(verdict, Err(MissReason::Expired | MissReason::Invalidated));
-        if is_over && !(namespace.serve_stale && self.0.judge.grace(&entry)) {
+        if is_over && !(namespace.serve_invalidated && self.0.judge.grace(&entry)) {
             self.0.l1.remove(key, &entry);
         }
         verdict

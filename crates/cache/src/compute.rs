@@ -10,9 +10,9 @@ use tokio::time::{Instant, sleep, timeout_at};
 use walcast_model::{CacheKey, Fence, Lsn, Tag};
 
 use crate::{
-    AtLeast, Cache, CacheConfig, Entry, Lookup, NewValue, Refusal, Stale, Stored, Tier,
+    AtLeast, Cache, CacheConfig, Entry, Lookup, NamespaceConfig, NewValue, Refusal, Stale, Stored, Tier,
     cache::content_type_is_valid,
-    entry::now_ms,
+    entry::{Life, now_ms},
     flight::{Boarding, Landing},
 };
 
@@ -272,8 +272,10 @@ impl Reader<'_> {
             None
         };
         let Computed { value, content_type, tags, fence, .. } = computed;
-        let value = NewValue { value, content_type, tags, ttl: Some(ttl) };
-        let entry = Arc::new(Entry::new(self.key, value, ttl.min(CacheConfig::MAX_TTL), fence, now_ms()));
+        let life =
+            Life { fresh: ttl.min(CacheConfig::MAX_TTL), stale: namespace.map_or(Duration::ZERO, NamespaceConfig::stale_life) };
+        let value = NewValue { value, content_type, tags, ttl: Some(ttl), negative: false };
+        let entry = Arc::new(Entry::new(self.key, value, life, fence, now_ms()));
         let stored = match unfit {
             Some(refusal) => self.cache.refused(refusal),
             None => self.cache.store(self.key, entry.clone()),
@@ -287,7 +289,7 @@ impl Reader<'_> {
 
     fn grace(&self) -> Option<Answer> {
         let may = self.options.grace && self.options.at_least == AtLeast::Any;
-        self.cache.namespace(self.key.namespace()).filter(|namespace| may && namespace.serve_stale)?;
+        self.cache.namespace(self.key.namespace()).filter(|namespace| may && namespace.serve_invalidated)?;
         let entry = self.cache.0.l1.get(self.key).filter(|entry| self.cache.0.judge.grace(entry))?;
         self.cache.0.stats.stale.add(1);
         Some(Answer { entry, source: Source::Tier(Tier::L1), stale: Some(Stale::Grace), refusal: None })

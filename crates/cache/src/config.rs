@@ -2,6 +2,8 @@
 
 use std::{collections::HashMap, time::Duration};
 
+use walcast_model::Tag;
+
 /// No `Debug`: the ticket secret must not reach a log.
 #[derive(Clone)]
 pub struct CacheConfig {
@@ -15,19 +17,78 @@ pub struct CacheConfig {
     /// Only the namespaces named below exist.
     pub strict: bool,
     pub namespaces: HashMap<String, NamespaceConfig>,
+    /// What a namespace is that nobody named.
+    pub unnamed: NamespaceConfig,
     /// Computations at one time that others may join. Past it everyone computes for himself.
     pub max_flights: usize,
     /// Readers that wait for one computation. Past it everyone computes for himself.
     pub max_joiners: usize,
 }
 
-#[derive(Debug, Default, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct NamespaceConfig {
+    /// None: [`CacheConfig::default_ttl`].
     pub ttl: Option<Duration>,
+    /// Each life is shortened by up to this share of it, so that what was stored together does not end together. 0 to 0.5.
+    pub ttl_jitter: f64,
     /// Its values do not come from the database (sessions, translations): time and tags by hand alone end them.
     pub external: bool,
-    /// An old entry may be answered, marked stale, where computing failed.
-    pub serve_stale: bool,
+    /// What L1 lets go first when it is full.
+    pub policy: Policy,
+    /// Bytes of L1 for this namespace alone, taken from [`CacheConfig::l1_bytes`]. None: it shares the common room of its policy.
+    pub l1_bytes: Option<u64>,
+    /// Carried by every entry, beside its own tags.
+    pub tags: Vec<Tag>,
+    /// So long after its time an old entry may be answered, marked stale, where computing failed.
+    pub grace: Duration,
+    /// So long after its time an entry is answered, marked stale, while somebody computes it anew.
+    pub stale_while_revalidate: Duration,
+    /// From this share of its life on, an entry that is in use is computed anew before it ends. None: never.
+    pub refresh_ahead: Option<f64>,
+    /// How long "there is nothing" is kept. None: it is not kept.
+    pub negative_ttl: Option<Duration>,
+    /// An entry that a commit invalidated may be answered too, marked stale, within `grace` and `stale_while_revalidate`.
+    /// Never for values under row security.
+    pub serve_invalidated: bool,
+}
+
+/// What a full L1 lets go first.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Learns from use: neither one scan nor yesterday's favourites push out what is in use.
+    #[default]
+    Adaptive,
+    /// What was longest not read.
+    Lru,
+    /// What is least often read.
+    Lfu,
+    /// What is oldest.
+    Fifo,
+}
+
+impl Default for NamespaceConfig {
+    fn default() -> NamespaceConfig {
+        NamespaceConfig {
+            ttl: None,
+            ttl_jitter: 0.1,
+            external: false,
+            policy: Policy::Adaptive,
+            l1_bytes: None,
+            tags: Vec::new(),
+            grace: Duration::ZERO,
+            stale_while_revalidate: Duration::ZERO,
+            refresh_ahead: None,
+            negative_ttl: None,
+            serve_invalidated: false,
+        }
+    }
+}
+
+impl NamespaceConfig {
+    /// How long after its time an entry is still worth keeping.
+    pub fn stale_life(&self) -> Duration {
+        self.grace.max(self.stale_while_revalidate)
+    }
 }
 
 impl CacheConfig {
@@ -46,6 +107,7 @@ impl Default for CacheConfig {
             ticket_life: Duration::from_secs(60),
             strict: false,
             namespaces: HashMap::new(),
+            unnamed: NamespaceConfig::default(),
             max_flights: 4096,
             max_joiners: 4096,
         }

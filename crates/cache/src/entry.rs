@@ -17,6 +17,16 @@ pub struct NewValue {
     pub tags: Vec<Tag>,
     /// None: what the namespace or the cache says.
     pub ttl: Option<Duration>,
+    /// "There is nothing": kept for a time of its own, so that asking for what does not exist is cheap too.
+    pub negative: bool,
+}
+
+/// How long an entry is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub fresh: Duration,
+    /// After that, marked stale.
+    pub stale: Duration,
 }
 
 /// Never changed once made: tiers, flights and readers share it.
@@ -31,6 +41,9 @@ pub struct Entry {
     /// Unix milliseconds, as is `expires_at`.
     pub stored_at: u64,
     pub expires_at: u64,
+    /// Until then it may be answered as stale. Never before `expires_at`.
+    pub stale_until: u64,
+    pub negative: bool,
     /// Strong and quoted, from content and content type.
     pub etag: Arc<str>,
 }
@@ -43,10 +56,11 @@ const MAX_RUNNING: usize = 256;
 const FIXED_WEIGHT: usize = 512;
 
 impl Entry {
-    pub(crate) fn new(key: &CacheKey, value: NewValue, ttl: Duration, fence: Fence, now: u64) -> Entry {
+    pub(crate) fn new(key: &CacheKey, value: NewValue, life: Life, fence: Fence, now: u64) -> Entry {
         let etag = etag(&value.value, &value.content_type);
-        let expires_at = now.saturating_add(ttl.as_millis() as u64);
-        Entry::stored(key, value, fence, now, expires_at, etag)
+        let expires_at = now.saturating_add(life.fresh.as_millis() as u64);
+        let stale_until = expires_at.saturating_add(life.stale.as_millis() as u64);
+        Entry::stored(key, value, fence, [now, expires_at, stale_until], etag)
     }
 
     /// As a tier kept it.
@@ -54,8 +68,7 @@ impl Entry {
         key: &CacheKey,
         value: NewValue,
         fence: Fence,
-        stored_at: u64,
-        expires_at: u64,
+        [stored_at, expires_at, stale_until]: [u64; 3],
         etag: Arc<str>,
     ) -> Entry {
         let tag_hashes = tag_hashes(key, &value.tags);
@@ -68,6 +81,8 @@ impl Entry {
             fence,
             stored_at,
             expires_at,
+            stale_until: stale_until.max(expires_at),
+            negative: value.negative,
             etag,
         }
     }

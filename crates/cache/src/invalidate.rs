@@ -208,15 +208,15 @@ mod tests {
     use walcast_model::{CacheKey, Floor, Snapshot, Stamp, Tag};
 
     use super::*;
-    use crate::NewValue;
+    use crate::{NewValue, entry::Life};
 
     fn judge_and_entry() -> (Judge, Entry) {
         let judge = Judge::new(Arc::new(TagClock::new(1024, Floor(1))), 0);
         let tags = vec![Tag::parse("patients").unwrap()];
-        let value = NewValue { value: "x".into(), content_type: "text/plain".into(), tags, ttl: None };
+        let value = NewValue { value: "x".into(), content_type: "text/plain".into(), tags, ttl: None, negative: false };
         let fence = Fence { snapshot: Snapshot::blind(), settled: Lsn(50), floor: Floor(1) };
         let key = CacheKey::new("n", "k").unwrap();
-        (judge, Entry::new(&key, value, Duration::from_secs(60), fence, 1_000))
+        (judge, Entry::new(&key, value, Life { fresh: Duration::from_secs(60), stale: Duration::ZERO }, fence, 1_000))
     }
 
     #[test]

@@ -93,12 +93,13 @@ mod tests {
     use walcast_model::{Fence, Floor, Lsn, Snapshot};
 
     use super::*;
-    use crate::NewValue;
+    use crate::{NewValue, entry::Life};
 
     fn entry(key: &CacheKey, bytes: usize) -> Arc<Entry> {
-        let value = NewValue { value: vec![7; bytes].into(), content_type: "x/y".into(), tags: vec![], ttl: None };
+        let value =
+            NewValue { value: vec![7; bytes].into(), content_type: "x/y".into(), tags: vec![], ttl: None, negative: false };
         let fence = Fence { snapshot: Snapshot::blind(), settled: Lsn(1), floor: Floor(1) };
-        Arc::new(Entry::new(key, value, Duration::from_secs(60), fence, 0))
+        Arc::new(Entry::new(key, value, Life { fresh: Duration::from_secs(60), stale: Duration::ZERO }, fence, 0))
     }
 
     fn key(n: usize) -> CacheKey {

@@ -252,9 +252,10 @@ fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
         content_type: row.try_get::<_, &str>(4).ok()?.into(),
         tags: tags.into_iter().map(Tag::stored).collect(),
         ttl: None,
+        negative: false,
     };
     let stored_at = u64::try_from(row.try_get::<_, i64>(9).ok()?).ok()?;
     let expires_at = u64::try_from(row.try_get::<_, i64>(10).ok()?).ok()?;
     let etag: &str = row.try_get(11).ok()?;
-    Some(Entry::stored(key, value, fence, stored_at, expires_at, etag.into()))
+    Some(Entry::stored(key, value, fence, [stored_at, expires_at, expires_at], etag.into()))
 }

@@ -26,7 +26,7 @@ mod ticket;
 
 pub use cache::{Cache, Lookup, PutError, Refusal, Stale, Stored, Tier};
 pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
-pub use config::{CacheConfig, NamespaceConfig};
+pub use config::{CacheConfig, NamespaceConfig, Policy};
 pub use entry::{Entry, NewValue, etag};
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l2::{L2, L2Config};

@@ -314,7 +314,12 @@ fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {
     // Named by files, not by the config: known also where the config is strict.
     let of_queries = queries.namespaces().map(|name| (name, NamespaceConfig::default()));
     let namespaces = config.cache.namespaces.iter().map(|(name, settings)| {
-        let kept = NamespaceConfig { ttl: settings.ttl, external: settings.external, serve_stale: settings.serve_stale };
+        let kept = NamespaceConfig {
+            ttl: settings.ttl,
+            external: settings.external,
+            serve_invalidated: settings.serve_stale,
+            ..NamespaceConfig::default()
+        };
         (name.clone(), kept)
     });
     CacheConfig {

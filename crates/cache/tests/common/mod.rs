@@ -16,7 +16,7 @@ pub fn world() -> World {
 }
 
 pub fn world_with(mut config: CacheConfig, l2: Option<L2>) -> World {
-    let graceful = NamespaceConfig { serve_stale: true, ..NamespaceConfig::default() };
+    let graceful = NamespaceConfig { serve_invalidated: true, ..NamespaceConfig::default() };
     let external = NamespaceConfig { external: true, ..NamespaceConfig::default() };
     config.namespaces.insert("graceful".into(), graceful);
     config.namespaces.insert("external".into(), external);
@@ -53,11 +53,11 @@ pub fn tag(text: &str) -> Tag {
 
 pub fn value(text: &str, tags: &[&str]) -> NewValue {
     let tags = tags.iter().map(|text| tag(text)).collect();
-    NewValue { value: text.to_owned().into(), content_type: "text/plain".into(), tags, ttl: None }
+    NewValue { value: text.to_owned().into(), content_type: "text/plain".into(), tags, ttl: None, negative: false }
 }
 
 pub fn computed(text: &str, tags: &[&str], fence: Fence) -> Computed {
-    let NewValue { value, content_type, tags, ttl } = value(text, tags);
+    let NewValue { value, content_type, tags, ttl, .. } = value(text, tags);
     Computed { value, content_type, tags, fence, ttl }
 }
 

@@ -100,7 +100,8 @@ pub async fn put(
         (None, None) => Written::External,
     };
     let content_type = text("content-type").unwrap_or("application/octet-stream").into();
-    let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(text("cache-control"))? };
+    let value =
+        NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(text("cache-control"))?, negative: false };
     let position = app.engine.position();
     let answer = match app.engine.cache_put(&key, value, written).await {
         Ok(Stored::Yes { .. }) => json!({ "stored": true }),
