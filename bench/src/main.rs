@@ -10,7 +10,10 @@ mod load;
 mod machine;
 mod memory;
 mod process;
+mod reads;
+mod redis;
 mod stage;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -40,6 +43,14 @@ enum What {
     Latency,
     /// Resident memory: idle, for each idle WebSocket subscription, after a drained backlog
     Memory,
+    /// Hits of GET /cache and GET /query at 1 and 64 connections, beside Redis and the uncached query through pgbench
+    Hits,
+    /// The second tier beside plain prepared SQL and Redis
+    L2,
+    /// Commit acknowledged to entry gone, beside 100 and 1,000 commits/s
+    Invalidated,
+    /// What a write of one tenant costs the cached answers of 999 others
+    Tenants,
     /// All of them, one after the other (this is the default)
     All,
 }
@@ -101,6 +112,18 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
     }
     if matches!(what, What::Memory | What::All) {
         memory::run(&cli.size).await?;
+    }
+    if matches!(what, What::Hits | What::All) {
+        reads::hits(&cli.size).await?;
+    }
+    if matches!(what, What::L2 | What::All) {
+        reads::l2(&cli.size).await?;
+    }
+    if matches!(what, What::Invalidated | What::All) {
+        reads::invalidated(&cli.size).await?;
+    }
+    if matches!(what, What::Tenants | What::All) {
+        reads::tenants(&cli.size).await?;
     }
     machine::print_repeat();
     Ok(())

@@ -14,6 +14,34 @@ pub fn cpu_s(pid: u32) -> anyhow::Result<f64> {
     cpu_of(&stat).with_context(|| format!("{path} has another form: {stat}"))
 }
 
+/// The same of a process and its children, those that have ended included.
+pub fn cpu_tree_s(pid: u32) -> anyhow::Result<f64> {
+    let mut total = 0.0;
+    for entry in fs::read_dir("/proc").context("reading /proc")? {
+        let name = entry?.file_name();
+        let Some(stat) = name.to_str().filter(|name| name.parse::<u32>().is_ok()) else { continue };
+        // A process may end between the two looks.
+        let Ok(stat) = fs::read_to_string(format!("/proc/{stat}/stat")) else { continue };
+        if let Some((parent, cpu_s, ended_s)) = kin_of(&stat) {
+            if name.to_str() == Some(&pid.to_string()) {
+                total += cpu_s + ended_s;
+            } else if parent == pid {
+                total += cpu_s;
+            }
+        }
+    }
+    Ok(total)
+}
+
+/// Parent, own CPU seconds, and those of children that have ended and were waited for: fields 4, 14 to 17.
+fn kin_of(stat: &str) -> Option<(u32, f64, f64)> {
+    let (_, after_name) = stat.rsplit_once(')')?;
+    let fields: Vec<&str> = after_name.split_ascii_whitespace().collect();
+    let ticks = |at: usize| fields.get(at)?.parse::<f64>().ok();
+    let (own, ended) = (ticks(11)? + ticks(12)?, ticks(13)? + ticks(14)?);
+    Some((fields.get(1)?.parse().ok()?, own / TICKS_PER_SECOND, ended / TICKS_PER_SECOND))
+}
+
 /// Fields 14 and 15; the program's name, field 2, may hold blanks and brackets.
 fn cpu_of(stat: &str) -> Option<f64> {
     let (_, after_name) = stat.rsplit_once(')')?;

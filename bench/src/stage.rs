@@ -52,15 +52,37 @@ pub struct Stage {
 }
 
 impl Stage {
+    /// With the bench's own schema.
     pub async fn set() -> anyhow::Result<Stage> {
+        let stage = Stage::set_sql(SCHEMA).await?;
+        stage.postgres.execute(&format!("alter publication {REALTIME_PUBLICATION} add table vitals")).await?;
+        Ok(stage)
+    }
+
+    /// With the schema of SQL files, run in this order.
+    pub async fn set_with(files: &[&str]) -> anyhow::Result<Stage> {
+        let mut sql = String::new();
+        for file in files {
+            sql.push_str(&tokio::fs::read_to_string(file).await.with_context(|| format!("reading {file}"))?);
+        }
+        Stage::set_sql(&sql).await
+    }
+
+    pub async fn set_sql(schema: &str) -> anyhow::Result<Stage> {
         let postgres = TestPostgres::builder().setting("shared_buffers", "128MB").setting("max_wal_size", "2GB").start().await?;
         let stage = Stage { postgres, binary: binary()? };
         stage.migrate().await?;
-        stage.postgres.execute(SCHEMA).await?;
+        stage.postgres.execute(schema).await?;
         // Again, now that there are tables to publish.
         stage.migrate().await?;
-        stage.postgres.execute(&format!("alter publication {REALTIME_PUBLICATION} add table vitals")).await?;
         Ok(stage)
+    }
+
+    /// The process that all of PostgreSQL's are children of.
+    pub async fn postmaster(&self) -> anyhow::Result<u32> {
+        let client = self.postgres.connect().await?;
+        let file = "select (regexp_match(pg_read_file('postmaster.pid'), '^[0-9]+'))[1]::int";
+        Ok(u32::try_from(client.query_one(file, &[]).await?.get::<_, i32>(0))?)
     }
 
     async fn migrate(&self) -> anyhow::Result<()> {
@@ -114,6 +136,15 @@ pub struct Server {
 impl Server {
     pub fn token(&self, role: &str, subject: Option<&str>) -> String {
         walcast_testkit::jwt(SECRET, role, subject, 3600, Value::Null)
+    }
+
+    pub fn token_with(&self, role: &str, claims: Value) -> String {
+        walcast_testkit::jwt(SECRET, role, None, 3600, claims)
+    }
+
+    /// As `127.0.0.1:4000`.
+    pub fn address(&self) -> &str {
+        self.url.trim_start_matches("http://")
     }
 
     /// `/readyz`, ready or not; none while nobody listens.
