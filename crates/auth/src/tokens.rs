@@ -3,6 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, errors::ErrorKind};
+use quick_cache::{Weighter, sync::Cache};
 use serde_json::{Map, Value};
 use walcast_model::{Claims, ClaimsError};
 
@@ -40,6 +41,21 @@ pub struct Tokens {
     key: DecodingKey,
     validation: Validation,
     allowed_roles: Vec<String>,
+    /// Tokens that were found good: one comes with every request of its bearer. Only its end must be looked at again.
+    good: Cache<Box<str>, Claims, ByBytes>,
+}
+
+const GOOD_BYTES: u64 = 8 << 20;
+const GOOD_TOKENS: usize = 10_000;
+
+#[derive(Clone)]
+struct ByBytes;
+
+impl Weighter<Box<str>, Claims> for ByBytes {
+    fn weight(&self, token: &Box<str>, claims: &Claims) -> u64 {
+        // The claims are kept as text and as a map.
+        (token.len() + 4 * claims.json().len() + 512) as u64
+    }
 }
 
 /// Names the process-wide providers once; both libraries panic or guess when two are compiled in and none is named.
@@ -56,10 +72,20 @@ impl Tokens {
         validation.validate_exp = false;
         validation.validate_aud = false;
         validation.required_spec_claims.clear();
-        Tokens { key: DecodingKey::from_secret(secret.as_bytes()), validation, allowed_roles }
+        let good = Cache::with_weighter(GOOD_TOKENS, GOOD_BYTES, ByBytes);
+        Tokens { key: DecodingKey::from_secret(secret.as_bytes()), validation, allowed_roles, good }
     }
 
     pub fn verify(&self, token: &str) -> Result<Claims, TokenError> {
+        if let Some(claims) = self.good.get(token) {
+            return in_time(claims);
+        }
+        let claims = self.verify_anew(token)?;
+        self.good.insert(token.into(), claims.clone());
+        Ok(claims)
+    }
+
+    fn verify_anew(&self, token: &str) -> Result<Claims, TokenError> {
         let token: String = token.chars().filter(|c| !c.is_whitespace()).collect();
         if token.is_empty() {
             return Err(TokenError::Missing);
@@ -72,15 +98,17 @@ impl Tokens {
         if verified.claims.get("nbf").and_then(Value::as_f64).is_some_and(|nbf| nbf.round() as u64 > now) {
             return Err(TokenError::TooEarly);
         }
-        let claims = Claims::verified(verified.claims)?;
-        if claims.expires_at() <= now {
-            return Err(TokenError::Expired(now - claims.expires_at()));
-        }
+        let claims = in_time(Claims::verified(verified.claims)?)?;
         if !self.allowed_roles.iter().any(|role| role == claims.role()) {
             return Err(TokenError::Role(claims.role().chars().take(64).collect()));
         }
         Ok(claims)
     }
+}
+
+fn in_time(claims: Claims) -> Result<Claims, TokenError> {
+    let now = now();
+    if claims.expires_at() <= now { Err(TokenError::Expired(now - claims.expires_at())) } else { Ok(claims) }
 }
 
 fn now() -> u64 {
@@ -112,6 +140,21 @@ mod tests {
     fn a_good_token_gives_its_claims() {
         let claims = check(json!({"role": "authenticated", "sub": "u1", "exp": now() as f64 + 60.5})).unwrap();
         assert_eq!((claims.role(), claims.subject()), ("authenticated", Some("u1")));
+    }
+
+    #[tokio::test]
+    async fn a_good_token_is_known_again_and_refused_all_the_same_once_it_has_expired() {
+        let tokens = tokens();
+        let token = sign(json!({"role": "anon", "exp": now() + 2}), "a secret of at least thirty-two bytes");
+        assert_eq!(tokens.verify(&token).unwrap().role(), "anon");
+        assert!(tokens.good.get(token.as_str()).is_some());
+        assert!(tokens.verify(&format!("{token}x")).is_err(), "one letter more is another token");
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while tokens.verify(&token).is_ok() && std::time::Instant::now() < until {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        assert!(matches!(tokens.verify(&token), Err(TokenError::Expired(_))));
+        assert!(tokens.verify("nonsense").is_err() && tokens.good.get("nonsense").is_none());
     }
 
     #[test]
