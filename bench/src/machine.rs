@@ -6,16 +6,19 @@ use walcast_testkit::TestPostgres;
 
 use crate::stage;
 
-pub async fn print() -> anyhow::Result<()> {
+pub async fn print(by_itself: bool) -> anyhow::Result<()> {
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    println!("machine     {cores} cores, {}, load {} at start", model(), load());
+    println!("bench       {}, built {}", crate_version(), if cfg!(debug_assertions) { "for debugging" } else { "for release" });
+    if by_itself {
+        return Ok(());
+    }
     let binary = stage::binary()?;
     let postgres = TestPostgres::start().await?;
     let row = postgres.connect().await?.query_one("select current_setting('server_version')", &[]).await?;
     let version: &str = row.get(0);
-    let cores = std::thread::available_parallelism().map_or(0, usize::from);
-    println!("machine     {cores} cores, {}, load {} at start", model(), load());
     println!("PostgreSQL  {version}, on the same machine");
     println!("walcast     {} ({}, built {})", binary.display(), crate_version(), profile(&binary));
-    println!("bench       built {}", if cfg!(debug_assertions) { "for debugging" } else { "for release" });
     Ok(())
 }
 

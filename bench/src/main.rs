@@ -4,6 +4,7 @@
 
 mod drain;
 mod figures;
+mod l1;
 mod latency;
 mod listener;
 mod load;
@@ -51,13 +52,19 @@ enum What {
     Invalidated,
     /// What a write of one tenant costs the cached answers of 999 others
     Tenants,
+    /// A hit of the first tier beside quick_cache, moka, foyer and a mutexed LRU, on one thread and on two
+    L1,
+    /// How often the first tier hits, beside the same and the optimum, on generated loads and the traces in WALCAST_TRACES
+    HitRatio,
+    /// How long it takes to invalidate a tag that a million entries carry
+    Tag,
     /// All of them, one after the other (this is the default)
     All,
 }
 
 #[derive(Debug, Clone, Copy, Args)]
 struct Size {
-    /// Rounds of `drain`; in each both sides drain the same changes, one after the other
+    /// Rounds; in each all sides do the same, one after the other
     #[arg(long, global = true, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=50))]
     rounds: u32,
     /// One-row transactions of the first backlog
@@ -103,7 +110,18 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 
 async fn run(cli: &Cli) -> anyhow::Result<()> {
     let what = cli.what.unwrap_or(What::All);
-    machine::print().await?;
+    // These need neither PostgreSQL nor the program.
+    let by_itself = matches!(what, What::L1 | What::HitRatio | What::Tag);
+    machine::print(by_itself).await?;
+    if matches!(what, What::L1 | What::All) {
+        l1::hits(cli.size.rounds)?;
+    }
+    if matches!(what, What::HitRatio | What::All) {
+        l1::ratio()?;
+    }
+    if matches!(what, What::Tag | What::All) {
+        l1::tag(cli.size.rounds)?;
+    }
     if matches!(what, What::Drain | What::All) {
         drain::run(&cli.size).await?;
     }

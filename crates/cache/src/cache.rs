@@ -4,6 +4,7 @@
 //! what a tier cannot answer is a miss with its reason.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
         Arc,
@@ -12,10 +13,12 @@ use std::{
     time::Duration,
 };
 
+use foldhash::fast::RandomState;
 use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
 
 use crate::{
-    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, Stats, TicketError, Tickets,
+    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, RoomFigures, Stats, TicketError, Tickets,
+    coarse_clock,
     entry::{Life, now_ms},
     flight::Flights,
     invalidate::Judge,
@@ -27,6 +30,8 @@ pub struct Cache(pub(crate) Arc<Inner>);
 
 pub(crate) struct Inner {
     pub(crate) config: CacheConfig,
+    /// Those of the config, where finding one costs a few nanoseconds: every read does.
+    namespaces: HashMap<Box<str>, NamespaceConfig, RandomState>,
     pub(crate) judge: Judge,
     pub(crate) l1: L1,
     pub(crate) l2: Option<L2>,
@@ -161,13 +166,15 @@ impl PutError {
 impl Cache {
     /// Begins without hearing: call [`Cache::set_hearing`] once commits raise the clock.
     pub fn new(config: CacheConfig, clock: Arc<TagClock>, l2: Option<L2>) -> Cache {
+        coarse_clock::start();
         let stats = l2.as_ref().map_or_else(Arc::default, |l2| l2.stats().clone());
         Cache(Arc::new(Inner {
             judge: Judge::new(clock, now_ms()),
-            l1: L1::new(config.l1_bytes, config.max_value_bytes),
+            l1: L1::new(&config),
             flights: Flights::new(config.max_flights, config.max_joiners),
             tickets: Tickets::new(&config.ticket_secret, config.ticket_life),
             epoch: AtomicU32::new(0),
+            namespaces: config.namespaces.iter().map(|(name, namespace)| (name.as_str().into(), namespace.clone())).collect(),
             config,
             l2,
             stats,
@@ -198,13 +205,18 @@ impl Cache {
         self.0.l1.len()
     }
 
+    /// Room by room: each namespace with bytes of its own, and each policy that others share.
+    pub fn l1_rooms(&self) -> Vec<RoomFigures> {
+        self.0.l1.figures()
+    }
+
     pub fn flights_aloft(&self) -> usize {
         self.0.flights.len()
     }
 
     /// None if the config is strict and does not name it.
     pub fn namespace(&self, name: &str) -> Option<&NamespaceConfig> {
-        match self.0.config.namespaces.get(name) {
+        match self.0.namespaces.get(name) {
             None if self.0.config.strict => None,
             found => Some(found.unwrap_or(&self.0.config.unnamed)),
         }
@@ -239,6 +251,11 @@ impl Cache {
 
     pub fn invalidated_to(&self) -> Lsn {
         self.0.judge.invalidated_to()
+    }
+
+    /// What L1 alone has, at once: for whoever cannot wait, or keeps the value elsewhere.
+    pub fn get_l1(&self, key: &CacheKey, at_least: AtLeast) -> Lookup {
+        self.counted(self.look_l1(key, at_least).unwrap_or_else(|reason| Lookup::Miss { reason }))
     }
 
     /// L1, then L2. A hit of L2 moves up.
@@ -283,7 +300,7 @@ impl Cache {
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        let entry = Arc::new(Entry::new(key, value, Life { fresh: ttl, stale: namespace.stale_life() }, fence, now_ms()));
+        let entry = Arc::new(Entry::new(key, value, Life::within(ttl, namespace), fence, now_ms()));
         Ok(self.store(key, entry))
     }
 
@@ -336,12 +353,15 @@ impl Cache {
     pub(crate) fn look_l1(&self, key: &CacheKey, at_least: AtLeast) -> Result<Lookup, MissReason> {
         let namespace = self.namespace(key.namespace()).ok_or(MissReason::UnknownNamespace)?;
         let entry = self.0.l1.get(key).ok_or(MissReason::Absent)?;
-        let verdict = self.judged(&entry, Tier::L1, at_least);
-        let is_over = matches!(verdict, Err(MissReason::Expired | MissReason::Invalidated));
+        let reason = match self.judged(&entry, at_least) {
+            Ok(stale) => return Ok(Lookup::Hit { entry, tier: Tier::L1, stale }),
+            Err(reason) => reason,
+        };
+        let is_over = matches!(reason, MissReason::Expired | MissReason::Invalidated);
         if is_over && !(namespace.serve_invalidated && self.0.judge.grace(&entry)) {
             self.0.l1.remove(key, &entry);
         }
-        verdict
+        Err(reason)
     }
 
     /// Judged, not counted, in the order of the keys. None: L2 has nothing to say.
@@ -354,13 +374,14 @@ impl Cache {
             let entry = Arc::new(read.next()??);
             // The clock is asked now, after the row arrived: whatever the row missed meanwhile, or while L2 was
             // away or we were not running, the clock knows by the row's fence.
-            let verdict = self.judged(&entry, Tier::L2, at_least);
-            if verdict.is_ok() {
-                l2.note_hit(key);
-                let rank = entry.fence.age_rank();
-                self.0.l1.put_unless(key, entry, |there| there.fence.age_rank() >= rank && self.is_valid(there));
-            }
-            Some(verdict.unwrap_or_else(|reason| Lookup::Miss { reason }))
+            let stale = match self.judged(&entry, at_least) {
+                Ok(stale) => stale,
+                Err(reason) => return Some(Lookup::Miss { reason }),
+            };
+            l2.note_hit(key);
+            let rank = entry.fence.age_rank();
+            self.0.l1.put_unless(key, entry.clone(), |there| there.fence.age_rank() >= rank && self.is_valid(there));
+            Some(Lookup::Hit { entry, tier: Tier::L2, stale })
         };
         keys.iter().map(|key| look(key)).collect()
     }
@@ -375,20 +396,20 @@ impl Cache {
         self.namespace(key.namespace()).filter(|namespace| !namespace.external).and(self.0.l2.as_ref())
     }
 
-    fn judged(&self, entry: &Arc<Entry>, tier: Tier, at_least: AtLeast) -> Result<Lookup, MissReason> {
-        self.0.judge.judge(entry, at_least, now_ms())?;
+    /// Why it is to be marked stale, if it may be answered.
+    fn judged(&self, entry: &Entry, at_least: AtLeast) -> Result<Option<Stale>, MissReason> {
+        self.0.judge.judge(entry, at_least, coarse_clock::now_towards(entry.expires_at))?;
         // Asked last: what was judged before the loss is marked all the same.
-        let stale = match self.hearing() {
-            Hearing::Live => None,
+        match self.hearing() {
+            Hearing::Live => Ok(None),
             // After a crash transaction ids are used again, and we may not have heard of it: nobody can vouch.
-            Hearing::Lost { .. } if at_least != AtLeast::Any => return Err(MissReason::NotHearing),
-            Hearing::Lost { .. } => Some(Stale::StreamLost),
-        };
-        Ok(Lookup::Hit { entry: entry.clone(), tier, stale })
+            Hearing::Lost { .. } if at_least != AtLeast::Any => Err(MissReason::NotHearing),
+            Hearing::Lost { .. } => Ok(Some(Stale::StreamLost)),
+        }
     }
 
     fn is_valid(&self, entry: &Entry) -> bool {
-        self.0.judge.judge(entry, AtLeast::Any, now_ms()).is_ok()
+        self.0.judge.judge(entry, AtLeast::Any, coarse_clock::now_towards(entry.expires_at)).is_ok()
     }
 
     pub(crate) fn counted(&self, lookup: Lookup) -> Lookup {

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use walcast_model::{CacheKey, Fence, Lsn, Tag};
 
 use crate::{
-    AtLeast, Cache, CacheConfig, Entry, Lookup, NamespaceConfig, NewValue, Refusal, Stale, Stored, Tier,
+    AtLeast, Cache, CacheConfig, Entry, Lookup, NewValue, Refusal, Stale, Stored, Tier,
     cache::content_type_is_valid,
     entry::{Life, now_ms},
     flight::{Boarding, Landing},
@@ -272,8 +272,7 @@ impl Reader<'_> {
             None
         };
         let Computed { value, content_type, tags, fence, .. } = computed;
-        let life =
-            Life { fresh: ttl.min(CacheConfig::MAX_TTL), stale: namespace.map_or(Duration::ZERO, NamespaceConfig::stale_life) };
+        let life = Life::within(ttl.min(CacheConfig::MAX_TTL), namespace.unwrap_or(&config.unnamed));
         let value = NewValue { value, content_type, tags, ttl: Some(ttl), negative: false };
         let entry = Arc::new(Entry::new(self.key, value, life, fence, now_ms()));
         let stored = match unfit {

@@ -8,6 +8,8 @@ use walcast_model::Tag;
 #[derive(Clone)]
 pub struct CacheConfig {
     pub l1_bytes: u64,
+    /// At most so many entries in L1, however small. None: its bytes alone bound it.
+    pub l1_entries: Option<usize>,
     pub max_value_bytes: usize,
     pub default_ttl: Duration,
     pub max_tags: usize,
@@ -66,6 +68,19 @@ pub enum Policy {
     Fifo,
 }
 
+impl Policy {
+    pub const ALL: [Policy; 4] = [Policy::Adaptive, Policy::Lru, Policy::Lfu, Policy::Fifo];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Policy::Adaptive => "adaptive",
+            Policy::Lru => "lru",
+            Policy::Lfu => "lfu",
+            Policy::Fifo => "fifo",
+        }
+    }
+}
+
 impl Default for NamespaceConfig {
     fn default() -> NamespaceConfig {
         NamespaceConfig {
@@ -100,6 +115,7 @@ impl Default for CacheConfig {
     fn default() -> CacheConfig {
         CacheConfig {
             l1_bytes: 64 << 20,
+            l1_entries: None,
             max_value_bytes: 1 << 20,
             default_ttl: Duration::from_secs(300),
             max_tags: 64,

@@ -1,7 +1,11 @@
 //! A cached value with all that is needed to judge it: its fence, the hashes of its tags, its age.
 
 use std::{
-    sync::Arc,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -29,7 +33,7 @@ pub(crate) struct Life {
     pub stale: Duration,
 }
 
-/// Never changed once made: tiers, flights and readers share it.
+/// Never changed once made, but for a note of the judge: tiers, flights and readers share it. Of one cache only.
 #[derive(Debug)]
 pub struct Entry {
     pub value: Bytes,
@@ -46,6 +50,18 @@ pub struct Entry {
     pub negative: bool,
     /// Strong and quoted, from content and content type.
     pub etag: Arc<str>,
+    verdict: Verdict,
+}
+
+/// The clock's sequence read before the entry was last found admitted; 0: never.
+#[derive(Default)]
+struct Verdict(AtomicU64);
+
+/// No part of what the entry is: the same entry read elsewhere has another.
+impl fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("_")
+    }
 }
 
 /// "Everything", namespace and key.
@@ -84,7 +100,17 @@ impl Entry {
             stale_until: stale_until.max(expires_at),
             negative: value.negative,
             etag,
+            verdict: Verdict::default(),
         }
+    }
+
+    pub(crate) fn was_admitted_at(&self, sequence: u64) -> bool {
+        self.verdict.0.load(Ordering::Relaxed) == sequence
+    }
+
+    /// Relaxed: the number alone says what the judgement had seen (see [`walcast_model::TagClock::sequence`]).
+    pub(crate) fn note_admitted_at(&self, sequence: u64) {
+        self.verdict.0.store(sequence, Ordering::Relaxed);
     }
 
     pub fn age(&self, now: u64) -> Duration {

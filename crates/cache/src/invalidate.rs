@@ -148,10 +148,24 @@ impl Judge {
         }
         // Contains first, admits after: what `contains` found to be invalidated up to an LSN is then raised already.
         let contains = self.contains(entry, at_least);
-        if !self.clock.admits(&entry.fence, &entry.tag_hashes) {
+        if !self.admits(entry) {
             return Err(MissReason::Invalidated);
         }
         if contains { Ok(()) } else { Err(MissReason::Behind) }
+    }
+
+    /// Does the entry lack nothing that was invalidated? Where nothing was since it was last asked, two numbers say so.
+    fn admits(&self, entry: &Entry) -> bool {
+        // Read before anything that is judged, or what comes in between would be remembered as judged.
+        let sequence = self.clock.sequence();
+        if entry.was_admitted_at(sequence) {
+            return true;
+        }
+        let admitted = self.clock.admits(&entry.fence, &entry.tag_hashes);
+        if admitted {
+            entry.note_admitted_at(sequence);
+        }
+        admitted
     }
 
     pub(crate) fn contains(&self, entry: &Entry, at_least: AtLeast) -> bool {
@@ -184,7 +198,7 @@ impl Judge {
         if entry.fence.floor != self.clock.floor() {
             return Some(Refusal::FloorMoved);
         }
-        (!self.clock.admits(&entry.fence, &entry.tag_hashes)).then_some(Refusal::Touched)
+        (!self.admits(entry)).then_some(Refusal::Touched)
     }
 
     /// May it at least be answered as stale? Not from before the floor, and not what was invalidated by hand:
@@ -224,6 +238,52 @@ mod tests {
         let (judge, entry) = judge_and_entry();
         assert_eq!(judge.judge(&entry, AtLeast::Any, 60_999), Ok(()));
         assert_eq!(judge.judge(&entry, AtLeast::Any, 61_000), Err(MissReason::Expired));
+    }
+
+    #[test]
+    fn p4_a_remembered_verdict_ends_with_the_next_raise_of_its_tag_and_with_a_new_floor() {
+        let stamp = |lsn| Stamp { lsn: Lsn(lsn), xid: Xid(9) };
+        let asked = |judge: &Judge, entry: &Entry| judge.judge(entry, AtLeast::Any, 2_000);
+        let (judge, entry) = judge_and_entry();
+        assert_eq!((asked(&judge, &entry), asked(&judge, &entry)), (Ok(()), Ok(())));
+        assert!(entry.was_admitted_at(judge.clock().sequence()));
+        judge.clock().raise(Tag::parse("billing").unwrap().hash(), stamp(100));
+        assert!(!entry.was_admitted_at(judge.clock().sequence()), "any raise asks for a new look");
+        assert_eq!(asked(&judge, &entry), Ok(()), "which finds it as it was");
+        judge.clock().raise(Tag::parse("patients").unwrap().hash(), stamp(101));
+        assert_eq!((asked(&judge, &entry), asked(&judge, &entry)), (Err(MissReason::Invalidated), Err(MissReason::Invalidated)));
+        let (judge, entry) = judge_and_entry();
+        assert_eq!(asked(&judge, &entry), Ok(()));
+        judge.clock().move_floor(Floor(2));
+        assert_eq!(asked(&judge, &entry), Err(MissReason::Invalidated));
+    }
+
+    /// Writers raise and then tell; readers that were told must not be answered by a verdict from before. The sequence
+    /// is what could go wrong, so other tags are raised all the while.
+    #[test]
+    fn p4_whoever_heard_of_a_raise_is_never_answered_by_a_verdict_from_before_it() {
+        for round in 0..200 {
+            let (judge, entry) = judge_and_entry();
+            let told = std::sync::atomic::AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        loop {
+                            let heard = told.load(Ordering::Acquire);
+                            let verdict = judge.judge(&entry, AtLeast::Any, 2_000);
+                            assert!(!heard || verdict == Err(MissReason::Invalidated), "round {round}");
+                            if heard {
+                                break;
+                            }
+                        }
+                    });
+                }
+                let other = |n: u64| Tag::parse(&format!("other:id={n}")).unwrap().hash();
+                (0..50).for_each(|n| judge.clock().raise(other(n), Stamp { lsn: Lsn(90 + n), xid: Xid(8) }));
+                judge.clock().raise(Tag::parse("patients").unwrap().hash(), Stamp { lsn: Lsn(200), xid: Xid(9) });
+                told.store(true, Ordering::Release);
+            });
+        }
     }
 
     #[test]

@@ -8,16 +8,19 @@
 //! |---|---|
 //! | why was this entry dropped | `invalidate` |
 //! | how are stampedes stopped | `flight`, `compute` |
+//! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
 //! | what is a fill ticket | `ticket` |
 //! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
 
 mod breaker;
 mod cache;
+mod coarse_clock;
 mod compute;
 mod config;
 mod entry;
 mod flight;
 mod invalidate;
+mod jitter;
 mod l1;
 mod l2;
 mod l2_writer;
@@ -29,6 +32,7 @@ pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
 pub use config::{CacheConfig, NamespaceConfig, Policy};
 pub use entry::{Entry, NewValue, etag};
 pub use invalidate::{AtLeast, Hearing, MissReason};
+pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
 pub use l2_writer::Swept;
 pub use stats::{Counter, Stats};

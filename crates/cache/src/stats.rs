@@ -1,20 +1,42 @@
 //! What the cache counts. Plain atomics; the engine exports them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    cell::Cell,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
+};
 
 use crate::{MissReason, Refusal};
 
+/// In shards, one cache line each: threads that count at every read must not wait for each other's line.
 #[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
+pub struct Counter([Shard; SHARDS]);
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Shard(AtomicU64);
+
+const SHARDS: usize = 8;
 
 impl Counter {
     pub(crate) fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
+        self.0[own_shard()].0.fetch_add(n, Ordering::Relaxed);
     }
 
     pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.0.iter().map(|shard| shard.0.load(Ordering::Relaxed)).sum()
     }
+}
+
+/// Threads take turns in choosing, once.
+fn own_shard() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static OWN: Cell<usize> = const { Cell::new(usize::MAX) });
+    OWN.with(|own| {
+        if own.get() == usize::MAX {
+            own.set(NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS);
+        }
+        own.get()
+    })
 }
 
 #[derive(Debug, Default)]

@@ -87,8 +87,12 @@ impl Engine {
                 None => metrics::counter!(format!("walcast_cache_{name}_total")).absolute(value),
             }
         }
-        metrics::gauge!("walcast_cache_l1_bytes").set(core.cache.l1_bytes() as f64);
-        metrics::gauge!("walcast_cache_l1_entries").set(core.cache.l1_entries() as f64);
+        for room in core.cache.l1_rooms() {
+            let labels = [("room", room.name), ("policy", room.policy.as_str().to_owned())];
+            metrics::gauge!("walcast_cache_l1_bytes", &labels).set(room.bytes as f64);
+            metrics::gauge!("walcast_cache_l1_capacity_bytes", &labels).set(room.capacity_bytes as f64);
+            metrics::gauge!("walcast_cache_l1_entries", &labels).set(room.entries as f64);
+        }
     }
 }
 

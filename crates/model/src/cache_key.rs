@@ -1,12 +1,22 @@
 //! Namespace and key of a cached value. Two keys are equal only if their full texts are.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    hash::{BuildHasher, Hash, Hasher, RandomState},
+    sync::{Arc, LazyLock},
+};
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// One text and its hash, so that a clone is one counter and a look-up hashes nothing.
+#[derive(Debug, Clone)]
 pub struct CacheKey {
-    namespace: Arc<str>,
-    key: Arc<str>,
+    /// `namespace/key`: a namespace holds no slash.
+    text: Arc<str>,
+    namespace_len: u8,
+    hash: u64,
 }
+
+/// Keyed by chance in each process: callers choose their keys, and must not be able to choose which ones collide.
+static HASHER: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CacheKeyError {
@@ -38,30 +48,54 @@ impl CacheKey {
         if key.chars().any(char::is_control) {
             return Err(CacheKeyError::Control);
         }
-        Ok(CacheKey { namespace: namespace.into(), key: key.into() })
+        let mut text = String::with_capacity(namespace.len() + 1 + key.len());
+        text.push_str(namespace);
+        text.push('/');
+        text.push_str(key);
+        let hash = HASHER.hash_one(text.as_bytes());
+        Ok(CacheKey { text: text.into(), namespace_len: namespace.len() as u8, hash })
     }
 
     pub fn namespace(&self) -> &str {
-        &self.namespace
+        &self.text[..usize::from(self.namespace_len)]
     }
 
     pub fn key(&self) -> &str {
-        &self.key
+        &self.text[usize::from(self.namespace_len) + 1..]
+    }
+
+    /// Made once, well mixed, of this process only.
+    pub fn hash64(&self) -> u64 {
+        self.hash
     }
 
     /// 16 bytes that name the key in the L2 table; the full key is kept beside them for the check.
     pub fn digest(&self) -> [u8; 16] {
-        let mut text = Vec::with_capacity(self.namespace.len() + self.key.len() + 1);
-        text.extend_from_slice(self.namespace.as_bytes());
+        let mut text = Vec::with_capacity(self.text.len());
+        text.extend_from_slice(self.namespace().as_bytes());
         text.push(0);
-        text.extend_from_slice(self.key.as_bytes());
+        text.extend_from_slice(self.key().as_bytes());
         xxhash_rust::xxh3::xxh3_128(&text).to_be_bytes()
+    }
+}
+
+impl PartialEq for CacheKey {
+    fn eq(&self, other: &CacheKey) -> bool {
+        self.hash == other.hash && self.text == other.text
+    }
+}
+
+impl Eq for CacheKey {}
+
+impl Hash for CacheKey {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(self.hash);
     }
 }
 
 impl fmt::Display for CacheKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.key)
+        f.write_str(&self.text)
     }
 }
 
@@ -79,5 +113,16 @@ mod tests {
         assert!(CacheKey::new("p", &"é".repeat(512)).is_ok());
         assert!(CacheKey::new("p", &"é".repeat(513)).is_err());
         assert_ne!(CacheKey::new("a", "bc").unwrap().digest(), CacheKey::new("ab", "c").unwrap().digest());
+    }
+
+    #[test]
+    fn a_key_keeps_both_its_parts_and_equals_only_the_same_two() {
+        let key = CacheKey::new("patients", "summary/7").unwrap();
+        assert_eq!((key.namespace(), key.key(), key.to_string().as_str()), ("patients", "summary/7", "patients/summary/7"));
+        let same = CacheKey::new("patients", "summary/7").unwrap();
+        assert_eq!((&same, same.hash64()), (&key, key.hash64()));
+        for (namespace, text) in [("patients", "summary/8"), ("patient", "summary/7"), ("patients", "s")] {
+            assert_ne!(CacheKey::new(namespace, text).unwrap(), key);
+        }
     }
 }

@@ -75,14 +75,43 @@ impl Recent {
 pub struct TagClock {
     slots: Box<[Slot]>,
     floor: AtomicU64,
+    sequence: Sequence,
 }
+
+/// On a cache line of its own: every raise writes it, every read of the cache looks at it.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Sequence(AtomicU64);
 
 impl TagClock {
     /// About 112 bytes a slot: 14 MiB.
     pub const DEFAULT_SLOTS: usize = 1 << 17;
 
     pub fn new(slots: usize, floor: Floor) -> TagClock {
-        TagClock { slots: (0..slots.max(1)).map(|_| Slot::default()).collect(), floor: AtomicU64::new(floor.0) }
+        TagClock {
+            slots: (0..slots.max(1)).map(|_| Slot::default()).collect(),
+            floor: AtomicU64::new(floor.0),
+            sequence: Sequence(AtomicU64::new(1)),
+        }
+    }
+
+    /// Changes with everything that can turn a verdict of [`TagClock::admits`] from yes to no. It counts the finished
+    /// changes and begins at 1, so 0 is "never judged".
+    ///
+    /// Whoever read the number n **before** judging, and judged yes, may repeat that verdict as long as the number is
+    /// still n, without looking at a slot. Why: a change writes its slot (or the floor) first and counts itself after
+    /// that, by a read-modify-write with release. So the load that gave n synchronises with every change counted in
+    /// it, and the judgement that followed saw them all. A change that is over before a read begins is counted in
+    /// whatever that read loads (both are on one atomic): if that is n, the judgement knew of it. A change still under
+    /// way may be missed, as it may be by a look at the slots; nobody was told of its commit yet.
+    pub fn sequence(&self) -> u64 {
+        self.sequence.0.load(Ordering::Acquire)
+    }
+
+    /// Makes every remembered verdict be judged anew. For whoever refuses entries by more than tags: call it after the
+    /// refusal can be seen.
+    pub fn touch(&self) {
+        self.sequence.0.fetch_add(1, Ordering::Release);
     }
 
     pub fn slot_count(&self) -> usize {
@@ -96,6 +125,7 @@ impl TagClock {
     /// Every entry with an older floor is unreachable from here on.
     pub fn move_floor(&self, floor: Floor) {
         self.floor.fetch_max(floor.0, Ordering::AcqRel);
+        self.touch();
     }
 
     pub fn raise(&self, tag: TagHash, stamp: Stamp) {
@@ -103,6 +133,8 @@ impl TagClock {
         let mut recent = lock(&slot.recent);
         recent.raise(stamp);
         slot.newest.fetch_max(stamp.lsn.0, Ordering::AcqRel);
+        drop(recent);
+        self.touch();
     }
 
     /// May a value with these tags, read at `fence`, be stored and answered as fresh?
@@ -170,6 +202,8 @@ impl TagClock {
             newest = newest.max(stamp.lsn);
         }
         slot.newest.fetch_max(newest.0, Ordering::AcqRel);
+        drop(recent);
+        self.touch();
         true
     }
 
@@ -257,6 +291,30 @@ mod tests {
         assert_eq!(clock.changed_since(Lsn(300)).len(), 1, "a commit that begins where the checkpoint ended");
         assert_eq!(clock.changed_since(Lsn(301)).len(), 0);
         assert!(!restored.load(&SlotImage { index: 5000, dropped: Lsn(0), stamps: vec![] }));
+    }
+
+    #[test]
+    fn whatever_can_refuse_an_entry_changes_the_sequence_and_nothing_else_does() {
+        let clock = TagClock::new(1024, Floor(1));
+        let mut last = clock.sequence();
+        assert_ne!(last, 0, "0 is never judged");
+        let mut moved = |what: &str| {
+            let before = std::mem::replace(&mut last, clock.sequence());
+            assert!(last > before, "{what}");
+        };
+        clock.raise(hash(1), stamp(100, 15));
+        moved("a raise");
+        clock.move_floor(Floor(2));
+        moved("a floor");
+        let image = SlotImage { index: 7, dropped: Lsn(5), stamps: vec![] };
+        assert!(clock.load(&image));
+        moved("a checkpoint's slot");
+        clock.touch();
+        moved("a touch");
+        clock.admits(&fence("10:20:", 50), &[hash(1)]);
+        clock.seen_after(hash(1), Lsn(1), &"1:1:".parse().unwrap());
+        clock.changed_since(Lsn(0));
+        assert_eq!(clock.sequence(), last, "looking changes nothing");
     }
 
     #[test]
