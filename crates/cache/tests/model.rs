@@ -27,7 +27,7 @@ enum Rule {
     /// Control: a value is stored as of the moment it is stored.
     NoFence,
     /// Control: a value is stored as of the LSN that was written when it was read.
-    LsnRule,
+    ByLsn,
     /// Control: after a crash things go on as before.
     NoFloorMove,
 }
@@ -186,7 +186,7 @@ impl<'a> Run<'a> {
         let fence = match self.rule {
             Rule::Fences | Rule::NoFloorMove => fence,
             Rule::NoFence => Fence { snapshot: Snapshot::blind(), settled: self.heard, floor },
-            Rule::LsnRule => Fence { snapshot: Snapshot::blind(), settled: read_at, floor },
+            Rule::ByLsn => Fence { snapshot: Snapshot::blind(), settled: read_at, floor },
         };
         let value = NewValue {
             value: value.to_string().into(),
@@ -391,7 +391,7 @@ async fn p4_and_p5_hold_with_the_table_behind_which_outlives_restarts() {
 
 #[tokio::test]
 async fn p5_control_a_cache_without_one_of_its_rules_is_caught() {
-    for rule in [Rule::NoFence, Rule::LsnRule, Rule::NoFloorMove] {
+    for rule in [Rule::NoFence, Rule::ByLsn, Rule::NoFloorMove] {
         let (seen, wrong) = runs(rule, None, 0..SEEDS).await;
         assert!(!wrong.is_empty(), "{rule:?} passes for right: {seen:?}");
         println!("{rule:?}: {} of {SEEDS} runs went wrong, such as {}", wrong.len(), wrong[0]);
