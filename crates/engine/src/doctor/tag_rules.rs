@@ -169,11 +169,12 @@ impl Examiner<'_> {
             }
             of_row
         };
-        let (mut lookup, mut reads) = (None, Vec::new());
+        let (mut lookup, mut reads, mut offered) = (None, Vec::new(), String::new());
         if let Some(sql) = &config.cascade {
             match self.lookup(config, sql).await? {
                 Ok((made, read)) => {
                     let of_row = of_row(&made.columns);
+                    offered = format!("; its lookup gives {}", made.columns.join(", "));
                     let columns =
                         made.columns.iter().filter(|name| raise.iter().flat_map(Template::columns).any(|c| *c.column == ***name));
                     let columns = columns.cloned().collect::<Vec<_>>();
@@ -196,10 +197,8 @@ impl Examiner<'_> {
         let changed = config.when_changed.iter().map(|name| Reference { image: Image::Either, column: name.as_str().into() });
         let needed: Vec<Reference> = own.iter().chain(&with).cloned().chain(changed).collect();
         if let Some(missing) = needed.iter().find(|column| !facts.columns.iter().any(|name| **name == *column.column)) {
-            let of_lookup =
-                lookup.as_ref().map_or_else(String::new, |lookup: &Lookup| format!(", the lookup {}", lookup.columns.join(", ")));
-            let fix =
-                format!("{} has {}{of_lookup}; generated columns are not in the stream", config.table, facts.columns.join(", "));
+            let has = facts.columns.join(", ");
+            let fix = format!("{} has {has}{offered}; generated columns are not in the stream", config.table);
             return Ok(Err(failed(format!("{} has no column `{}` in the stream", config.table, missing.column), fix)));
         }
         let warning = imprecise(config, &facts, &needed);
