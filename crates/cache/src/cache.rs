@@ -249,6 +249,12 @@ impl Cache {
         self.0.judge.note_invalidated(lsn);
     }
 
+    /// The commit has raised the tags of its rows and has others still to raise: nobody is promised its invalidation, but
+    /// whoever comes from here on shares no flight that lacks it. [`Cache::note_invalidated`] follows.
+    pub fn note_raised(&self, lsn: Lsn) {
+        self.0.judge.note_raised(lsn);
+    }
+
     pub fn invalidated_to(&self) -> Lsn {
         self.0.judge.invalidated_to()
     }

@@ -123,7 +123,7 @@ impl Cache {
     {
         let came = Instant::now();
         let deadline = came + options.timeout;
-        let reader = Reader { cache: self, key, options, came, heard: self.invalidated_to(), deadline };
+        let reader = Reader { cache: self, key, options, came, heard: self.0.judge.raised_to(), deadline };
         match self.counted(self.look_l1(key, options.at_least).unwrap_or_else(|reason| Lookup::Miss { reason })) {
             Lookup::Hit { entry, tier, stale: None } => return Ok(Answer::of(entry, Source::Tier(tier))),
             // Marked stale only because the stream is lost: here we can compute.

@@ -83,7 +83,10 @@ impl fmt::Display for MissReason {
 
 pub(crate) struct Judge {
     clock: Arc<TagClock>,
+    /// Every commit up to here has raised all its tags: what a reader can be promised.
     invalidated_to: AtomicU64,
+    /// Every commit up to here has raised the tags that its rows say by themselves; some may have more to raise.
+    raised_to: AtomicU64,
     moved: Notify,
     /// 0 while live.
     lost_since_ms: AtomicU64,
@@ -92,7 +95,13 @@ pub(crate) struct Judge {
 impl Judge {
     /// Begins lost: until somebody says that commits are heard, nothing is fresh.
     pub(crate) fn new(clock: Arc<TagClock>, now: u64) -> Judge {
-        Judge { clock, invalidated_to: AtomicU64::new(0), moved: Notify::new(), lost_since_ms: AtomicU64::new(now.max(1)) }
+        Judge {
+            clock,
+            invalidated_to: AtomicU64::new(0),
+            raised_to: AtomicU64::new(0),
+            moved: Notify::new(),
+            lost_since_ms: AtomicU64::new(now.max(1)),
+        }
     }
 
     pub(crate) fn clock(&self) -> &TagClock {
@@ -120,12 +129,22 @@ impl Judge {
 
     /// Called after the tags of the commit were raised.
     pub(crate) fn note_invalidated(&self, lsn: Lsn) {
+        self.note_raised(lsn);
         self.invalidated_to.fetch_max(lsn.0, Ordering::AcqRel);
         self.moved.notify_waiters();
     }
 
     pub(crate) fn invalidated_to(&self) -> Lsn {
         Lsn(self.invalidated_to.load(Ordering::Acquire))
+    }
+
+    /// The commit has raised its rows' tags, and has others still to raise.
+    pub(crate) fn note_raised(&self, lsn: Lsn) {
+        self.raised_to.fetch_max(lsn.0, Ordering::AcqRel);
+    }
+
+    pub(crate) fn raised_to(&self) -> Lsn {
+        Lsn(self.raised_to.load(Ordering::Acquire))
     }
 
     /// Waits until every commit up to `lsn` was invalidated.
@@ -211,7 +230,7 @@ impl Judge {
     pub(crate) fn external_fence(&self) -> Fence {
         // Floor first: if it moves in between, the value is refused rather than believed.
         let floor = self.clock.floor();
-        Fence { snapshot: walcast_model::Snapshot::blind(), settled: self.invalidated_to(), floor }
+        Fence { snapshot: walcast_model::Snapshot::blind(), settled: self.raised_to(), floor }
     }
 }
 

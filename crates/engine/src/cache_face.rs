@@ -119,6 +119,10 @@ impl Engine {
         let core = &self.core;
         let namespace = core.cache.namespace(key.namespace());
         let external = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?.external;
+        if let Some(tag) = value.tags.iter().find(|tag| tag.is_companion()) {
+            let why = "`*` stands for the values that a commit cannot tell; use the tag of a value, or the table's".to_owned();
+            return Err(PutFailure::UntrackedTag(tag.clone(), why));
+        }
         let of_tables = if external { Vec::new() } else { core.check_tags(&value.tags).await? };
         let fence = match written {
             Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
@@ -197,8 +201,9 @@ impl Core {
             Freshness::Contains(xid) => Some(AtLeast::Xid(Xid(xid))),
             Freshness::AtLeast(position) if position.epoch != self.progress.epoch() => None,
             Freshness::AtLeast(position) => {
-                let heard =
-                    position.lsn <= self.progress.invalidated() || self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await;
+                let heard = position.lsn <= self.progress.invalidated()
+                    || (self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await
+                        && self.cascades.passed(position.lsn, WAIT_FOR_STREAM).await);
                 heard.then_some(AtLeast::Lsn(position.lsn))
             }
         }
@@ -228,7 +233,20 @@ impl Core {
     /// never fall. Answers the tags that are a table's.
     async fn check_tags(&self, tags: &[Tag]) -> Result<Vec<OfTable>, PutFailure> {
         let mut of_tables = Vec::new();
+        let rules = self.tag_rules.resolved();
         for tag in tags {
+            match rules.rules.could_raise(tag) {
+                // A rule's tag stands for many rows: nobody who wrote one of them can vouch for the others.
+                Some(true) => {
+                    of_tables.push(OfTable { tag: tag.clone(), one_row: false });
+                    continue;
+                }
+                Some(false) => {
+                    let why = "rules of this word spell theirs otherwise; a value is escaped as in row tags".to_owned();
+                    return Err(PutFailure::UntrackedTag(tag.clone(), why));
+                }
+                None => {}
+            }
             let Some((table, row)) = tag.names() else { continue };
             // No such table: a tag of the application's own.
             let Some(facts) = self.tracked(&table).await? else { continue };

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
+use walcast_model::TableName;
 use walcast_pg::ConnectConfig;
 
 #[derive(Debug, Clone)]
@@ -18,6 +19,7 @@ pub struct EngineConfig {
     pub auth: AuthConfig,
     pub cache: CacheSettings,
     pub queries_dir: Option<PathBuf>,
+    pub tags: Vec<TagRuleConfig>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +82,32 @@ pub struct NamespaceSettings {
     pub serve_stale: bool,
     /// Who may use the namespace beside `service_role`.
     pub roles: Vec<String>,
+}
+
+/// What a change of a table raises beside its own tags.
+#[derive(Debug, Clone)]
+pub struct TagRuleConfig {
+    /// Where it was written, for messages: `walcast.toml line 12`.
+    pub place: String,
+    pub table: TableName,
+    pub on: walcast_matcher::EventMask,
+    /// Empty: every update.
+    pub when_changed: Vec<String>,
+    /// Templates: `student:{student_id}`.
+    pub raise: Vec<String>,
+    /// A lookup whose columns the templates may use.
+    pub cascade: Option<String>,
+    /// Columns of the changed row for the lookup's $1, $2, …
+    pub with: Vec<String>,
+    /// Tables that the lookup reads behind functions.
+    pub reads: Vec<TableName>,
+}
+
+impl TagRuleConfig {
+    /// All of it but the place.
+    pub fn meaning(&self) -> String {
+        format!("{:?}", TagRuleConfig { place: String::new(), ..self.clone() })
+    }
 }
 
 impl Default for StreamLimits {

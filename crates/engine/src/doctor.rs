@@ -4,11 +4,14 @@
 mod publications;
 mod rights;
 mod server;
+pub(crate) mod tag_rules;
 
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use walcast_pg::{ConnectConfig, PgError};
+use walcast_pg::{ConnectConfig, PgError, Pool};
+
+use crate::config::TagRuleConfig;
 
 /// What the settings ask of the database.
 #[derive(Debug, Clone)]
@@ -23,6 +26,7 @@ pub struct Expectations {
     pub max_connections: u64,
     /// Length of the secret that tokens are signed with, if there is one.
     pub jwt_secret_bytes: Option<usize>,
+    pub tags: Vec<TagRuleConfig>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,6 +71,14 @@ impl Finding {
     }
 }
 
+impl Finding {
+    /// The lines of `/readyz` that are worth one.
+    pub(crate) fn warnings(findings: Vec<Finding>) -> Vec<String> {
+        let told = findings.into_iter().filter(|f| f.level == Level::Warn && f.check != server::SLOT_IN_USE);
+        told.map(|f| format!("{}: {}", f.check, f.line)).collect()
+    }
+}
+
 /// Why `serve` cannot start on this database.
 #[derive(Debug, thiserror::Error)]
 pub enum NotReady {
@@ -104,7 +116,11 @@ pub async fn check(database_url: Option<&str>, expect: &Expectations) -> Vec<Fin
         Err(finding) => findings.push(finding),
         Ok((client, config)) => {
             findings.push(server::connected(&config));
-            match tokio::time::timeout(PATIENCE, look(&client, expect, &mut findings)).await {
+            let look = async {
+                look(&client, expect, &mut findings).await?;
+                rules(&client, &config, expect, &mut findings).await
+            };
+            match tokio::time::timeout(PATIENCE, look).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     findings.push(Finding::fail("connection", error.to_string(), "mend this, then run `walcast check` again"))
@@ -126,11 +142,7 @@ pub async fn check(database_url: Option<&str>, expect: &Expectations) -> Vec<Fin
 pub async fn warnings(client: &Client, expect: &Expectations) -> Result<Vec<String>, PgError> {
     let mut findings = Vec::new();
     look(client, expect, &mut findings).await?;
-    Ok(findings
-        .into_iter()
-        .filter(|f| f.level == Level::Warn && f.check != server::SLOT_IN_USE)
-        .map(|f| format!("{}: {}", f.check, f.line))
-        .collect())
+    Ok(Finding::warnings(findings))
 }
 
 /// What `serve` cannot do without: the first thing that is missing, in one sentence.
@@ -170,6 +182,20 @@ async fn look(client: &Client, expect: &Expectations, findings: &mut Vec<Finding
     findings.extend(publications::exist(client, expect).await?);
     findings.extend(publications::tables(client, expect).await?);
     findings.extend(publications::conflicts(client, expect).await?);
+    Ok(())
+}
+
+async fn rules(
+    client: &Client,
+    config: &ConnectConfig,
+    expect: &Expectations,
+    findings: &mut Vec<Finding>,
+) -> Result<(), PgError> {
+    if !expect.tags.is_empty() {
+        let pool = Pool::new(config, 2, PATIENCE)
+            .map_err(|error| PgError::Unexpected { doing: "connecting", what: error.to_string() })?;
+        findings.extend(tag_rules::examine(client, &pool, &expect.tags, &expect.publication_cache).await?.findings);
+    }
     Ok(())
 }
 

@@ -16,6 +16,7 @@ mod queries;
 mod readback;
 mod subscribe;
 mod subscriptions;
+mod tag_rules;
 mod visibility;
 
 use std::{
@@ -49,6 +50,7 @@ pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{Entry, Lookup, MissReason, NewValue, PutError, Source, Stale, Stored, TicketError, Tier};
 pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
+pub use walcast_matcher::EventMask;
 pub use walcast_model as model;
 pub use walcast_pg::{ConnectConfig, ConnectError as DatabaseUrlError};
 
@@ -56,10 +58,11 @@ use crate::{
     cache_face::TrackedTables,
     echoes::Echoes,
     metrics::Metrics,
-    pipeline::{Remembered, acknowledge, announce, intake::IntakeTask, settle},
+    pipeline::{Remembered, acknowledge, announce, cascade, intake::IntakeTask, settle},
     progress::Progress,
     queries::CachedQueries,
     subscriptions::Subscriptions,
+    tag_rules::TagRules,
     visibility::RuleBook,
 };
 
@@ -97,6 +100,9 @@ pub struct Core {
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
+    pub(crate) tag_rules: TagRules,
+    /// Commits whose cascades are not raised yet.
+    pub(crate) cascades: cascade::Holds,
     pub(crate) echoes: Echoes,
     pub(crate) metrics: Metrics,
     pub(crate) standing: Mutex<Option<Standing>>,
@@ -140,11 +146,13 @@ impl Engine {
         let control = config.connect.connect().await?;
         let expect = expectations(&config);
         doctor::before_serve(&control, &expect).await?;
-        let warnings = doctor::warnings(&control, &expect).await?;
+        let mut warnings = doctor::warnings(&control, &expect).await?;
         let acknowledge_bytes = acknowledge_bytes(&control, config.stream.acknowledge_bytes).await?;
+        let pool = Pool::new(&config.connect, config.max_connections.saturating_sub(OWN_CONNECTIONS).max(2), LEASE_WAIT)?;
+        let tag_rules = TagRules::start(&control, &pool, &config.tags, &config.publication_cache).await?;
+        warnings.extend(tag_rules.warnings());
         drop(control);
 
-        let pool = Pool::new(&config.connect, config.max_connections.saturating_sub(OWN_CONNECTIONS).max(2), LEASE_WAIT)?;
         let clock = Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(0)));
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), L2Config::default()));
         let queries = CachedQueries::load(&config, &pool).map_err(EngineError::Queries)?;
@@ -158,6 +166,8 @@ impl Engine {
             subscriptions: Arc::default(),
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
+            tag_rules,
+            cascades: cascade::Holds::default(),
             echoes: Echoes::default(),
             metrics: Metrics::register(),
             standing: Mutex::new(None),
@@ -197,6 +207,14 @@ impl Engine {
             });
         };
         spawn("intake", intake.run(stream, cancel.clone()).boxed());
+        // Between the two only where a rule has something to look up.
+        let to_announce = if core.tag_rules.has_cascades() {
+            let (to_cascade, cascade_inbox) = mpsc::channel(4);
+            spawn("cascade", cascade::run(core.clone(), cascade_inbox, to_announce).boxed());
+            to_cascade
+        } else {
+            to_announce
+        };
         spawn("settle", settle::run(core.clone(), settle_inbox, to_announce).boxed());
         spawn("announce", announce::run(core.clone(), announce_inbox).boxed());
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
@@ -244,7 +262,7 @@ impl Core {
     pub(crate) fn hearing_changed(&self) {
         // One at a time: who saw us hear must not overrule who has just seen the stream go.
         let _one = self.hearing.lock();
-        let caught_up = self.progress.read_to() >= self.progress.catch_up();
+        let caught_up = self.invalidated_whole() >= self.progress.catch_up();
         let heard = caught_up && self.progress.heard_ago().is_some_and(|ago| ago <= self.config.cache.max_staleness);
         match (heard, self.cache.hearing()) {
             (true, Hearing::Lost { .. }) => self.cache.set_hearing(Hearing::Live),
@@ -284,6 +302,11 @@ impl Core {
     }
 }
 
+/// What is wrong with a template of a tag rule, if anything is.
+pub fn tag_template_error(text: &str) -> Option<String> {
+    walcast_matcher::Template::parse(text).err().map(|error| error.to_string())
+}
+
 fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
@@ -297,6 +320,7 @@ pub(crate) fn expectations(config: &EngineConfig) -> doctor::Expectations {
         acknowledge_bytes: config.stream.acknowledge_bytes,
         max_connections: config.max_connections as u64,
         jwt_secret_bytes: Some(config.auth.jwt_secret.len()),
+        tags: config.tags.clone(),
     }
 }
 

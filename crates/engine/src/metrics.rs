@@ -12,6 +12,9 @@ pub struct Metrics {
     pub stream_losses: Counter,
     pub unsettled: Counter,
     pub intake_waits: Counter,
+    pub rule_tags: Counter,
+    pub cascades: Counter,
+    pub cascades_failed: Counter,
     pub commit_to_announced: Histogram,
     pub subscriptions: Gauge,
     pub stream_attached: Gauge,
@@ -34,6 +37,12 @@ impl Metrics {
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
         describe_counter!("walcast_unsettled_total", "Times a commit stayed invisible beyond the bound");
         describe_counter!("walcast_intake_waits_total", "Times the reader waited for room in the pipeline");
+        describe_counter!("walcast_rule_tags_raised_total", "Tags raised by rules of the config, coarse forms included");
+        describe_counter!("walcast_cascades_total", "Lookups that rules asked of the database, one for each rule and batch");
+        describe_counter!(
+            "walcast_cascades_failed_total",
+            "Lookups without an answer: the rule's coarse form was raised instead"
+        );
         describe_histogram!("walcast_commit_to_announced_seconds", "From commit to outbox, for the last commit of each batch");
         describe_gauge!("walcast_subscriptions", "Live bindings");
         describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
@@ -53,6 +62,9 @@ impl Metrics {
             stream_losses: counter!("walcast_stream_losses_total"),
             unsettled: counter!("walcast_unsettled_total"),
             intake_waits: counter!("walcast_intake_waits_total"),
+            rule_tags: counter!("walcast_rule_tags_raised_total"),
+            cascades: counter!("walcast_cascades_total"),
+            cascades_failed: counter!("walcast_cascades_failed_total"),
             commit_to_announced: histogram!("walcast_commit_to_announced_seconds"),
             subscriptions: gauge!("walcast_subscriptions"),
             stream_attached: gauge!("walcast_stream_attached"),

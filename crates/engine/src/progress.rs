@@ -1,6 +1,7 @@
 //! How far each stage of the pipeline has come: written by its stage, read by everybody.
 //!
-//! Order of the marks: read ≥ invalidated ≥ settled = taken ≥ announced.
+//! Order of the marks: read ≥ raised ≥ settled ≥ taken ≥ announced, and raised ≥ invalidated ≥ announced. Raised and
+//! invalidated differ while a commit's cascades are looked up: see `pipeline/cascade`.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -21,6 +22,7 @@ pub enum StreamState {
 #[derive(Debug)]
 pub struct Progress {
     read_to: watch::Sender<Lsn>,
+    raised: AtomicU64,
     invalidated: AtomicU64,
     settled: AtomicU64,
     /// Xmax of the newest snapshot: what the stream's 32 bits are widened with.
@@ -48,6 +50,7 @@ impl Default for Progress {
     fn default() -> Self {
         Progress {
             read_to: watch::Sender::new(Lsn::ZERO),
+            raised: AtomicU64::new(0),
             invalidated: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             xmax: AtomicU64::new(0),
@@ -83,6 +86,16 @@ impl Progress {
         tokio::time::timeout(at_most, reader.wait_for(|at| *at >= lsn)).await.is_ok_and(|waited| waited.is_ok())
     }
 
+    /// Commits up to here have raised what their rows say by themselves.
+    pub fn raised(&self) -> Lsn {
+        Lsn(self.raised.load(Ordering::Acquire))
+    }
+
+    pub fn note_raised(&self, lsn: Lsn) {
+        self.raised.fetch_max(lsn.0, Ordering::AcqRel);
+    }
+
+    /// Commits up to here have raised everything: what a reader can be promised.
     pub fn invalidated(&self) -> Lsn {
         Lsn(self.invalidated.load(Ordering::Acquire))
     }
@@ -136,6 +149,7 @@ impl Progress {
     pub fn begin_epoch(&self, epoch: Epoch, at: Lsn) {
         *self.epoch.write() = epoch;
         self.read_to.send_replace(at);
+        self.raised.store(at.0, Ordering::Release);
         self.invalidated.store(at.0, Ordering::Release);
         self.settled.store(at.0, Ordering::Release);
         *self.taken.lock() = (at, 0);

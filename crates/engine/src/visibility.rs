@@ -305,7 +305,7 @@ where
 }
 
 /// Waits until the stream has brought everything that the answer's snapshot can have seen.
-async fn heard_of(core: &Core, wal_insert: walcast_model::Lsn) -> bool {
+pub(crate) async fn heard_of(core: &Core, wal_insert: walcast_model::Lsn) -> bool {
     const AT_ONCE: Duration = Duration::from_millis(3);
     if core.progress.wait_read(wal_insert, AT_ONCE).await {
         return true;

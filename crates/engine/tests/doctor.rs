@@ -15,6 +15,7 @@ fn expectations() -> Expectations {
         acknowledge_bytes: 64 << 20,
         max_connections: 12,
         jwt_secret_bytes: Some(48),
+        tags: Vec::new(),
     }
 }
 

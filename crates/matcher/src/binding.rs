@@ -18,6 +18,11 @@ impl EventMask {
         }
     }
 
+    /// Both masks' operations.
+    pub fn and(self, other: EventMask) -> EventMask {
+        EventMask(self.0 | other.0)
+    }
+
     /// TRUNCATE is in no mask: it is never delivered as a row change.
     pub fn has(self, operation: Operation) -> bool {
         let bit = match operation {

@@ -1,10 +1,15 @@
-//! A pure index with two doors: [`tags()`] of a commit, and the subscriptions of a change ([`Index`]).
+//! A pure index with two doors: the tags of a commit ([`tags()`], and by the config's rules [`TagRules`]), and the
+//! subscriptions of a change ([`Index`]).
 //! No I/O, no claims, no time.
 
 mod binding;
 mod index;
+mod rules;
 mod tags;
+mod template;
 
 pub use binding::{Binding, BindingError, Equal, EventMask};
 pub use index::{Index, SubscriptionId};
+pub use rules::{Key, Raised, TagRule, TagRules};
 pub use tags::{of_table as tags_of_table, tags};
+pub use template::{Filled, Image, Reference, Template, TemplateError};

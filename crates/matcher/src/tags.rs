@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use walcast_model::{Cell, Change, Column, Commit, Item, Operation, Scope, Table, Tag, TagHash};
 
 /// Row tags above this are replaced by the companions of their columns: one bulk update costs a few stores.
-const ROW_TAGS: usize = 10_000;
+pub(crate) const ROW_TAGS: usize = 10_000;
 
 /// Without the tags of our own messages, which the caller reads.
 pub fn tags(commit: &Commit) -> HashSet<TagHash> {

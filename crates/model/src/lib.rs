@@ -24,6 +24,6 @@ pub use lsn::{Lsn, LsnError};
 pub use position::{Epoch, Position, PositionError};
 pub use snapshot::{Snapshot, SnapshotError};
 pub use table::{Column, ReplicaIdentity, Table, TableId, TableName, ValueKind};
-pub use tag::{Tag, TagError, TagHash};
+pub use tag::{Tag, TagError, TagHash, TagPiece};
 pub use tag_clock::{SlotImage, Stamp, TagClock};
 pub use xid::Xid;

@@ -7,6 +7,8 @@
 //! | `patients:id=*` | a change whose old value of `id` is not known, TRUNCATE | the same narrowed entry |
 //! | `schema.table…` | as above, outside schema `public` | |
 //! | `~ns:NAME`, `~key:NAME:KEY`, `~all` | invalidation by hand | every entry of it |
+//! | `product:7` | a rule of the config, or invalidation by hand | the entries that named it |
+//! | `product:*` | a rule that cannot tell which, or invalidation by hand | every entry with a tag `product:…` |
 //! | anything else | invalidation by hand | the entries that named it |
 
 use std::{fmt, sync::Arc};
@@ -26,6 +28,15 @@ impl TagHash {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tag(Arc<str>);
+
+/// What a rule's tag is put together from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TagPiece<'a> {
+    /// As it stands.
+    Literal(&'a str),
+    /// As the stream prints it: escaped.
+    Value(&'a str),
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TagError {
@@ -72,6 +83,24 @@ impl Tag {
         push_escaped(&mut text, column);
         text.push_str("=*");
         Tag(text.into())
+    }
+
+    /// A rule's tag, such as `product:7`; none if a value, or all of it, is too long for a tag.
+    pub fn composed<'a>(pieces: impl Iterator<Item = TagPiece<'a>>) -> Option<Tag> {
+        let mut text = String::with_capacity(32);
+        for piece in pieces {
+            match piece {
+                TagPiece::Literal(literal) => text.push_str(literal),
+                TagPiece::Value(value) if value.len() > Tag::MAX_VALUE_BYTES => return None,
+                TagPiece::Value(value) => push_escaped(&mut text, value),
+            }
+        }
+        (text.len() <= Tag::MAX_BYTES).then(|| Tag(text.into()))
+    }
+
+    /// `word:*`: whatever a rule would raise under this word.
+    pub fn any_of(word: &str) -> Tag {
+        Tag(format!("{word}:*").into())
     }
 
     pub fn namespace(namespace: &str) -> Tag {
@@ -127,10 +156,35 @@ impl Tag {
         Some((table, row))
     }
 
-    /// What an entry with this tag must carry too: a row tag also falls with the unknown rows of its column.
+    /// Word and rest of `product:7`; none for any other form.
+    pub fn word_parts(&self) -> Option<(&str, &str)> {
+        let (word, rest) = self.0.split_once(':')?;
+        (!word.starts_with('~') && !rest.contains('=')).then_some((word, rest))
+    }
+
+    /// What an entry with this tag must carry too: a row tag also falls with the unknown rows of its column, a rule's tag
+    /// with the unknown values of its word.
     pub fn companion(&self) -> Option<Tag> {
+        if let Some((word, rest)) = self.word_parts() {
+            return (rest != "*").then(|| Tag::any_of(word));
+        }
         let (table, column, value) = self.row_parts()?;
         (value != "*").then(|| Tag(format!("{table}:{column}=*").into()))
+    }
+
+    /// `product:*` and `patients:id=*` are raised where a value is unknown, and only then: an entry that carried one
+    /// alone would not fall with the values that are known.
+    pub fn is_companion(&self) -> bool {
+        !self.0.starts_with('~') && (self.0.ends_with(":*") || self.0.ends_with("=*"))
+    }
+
+    /// Is this text a value as tags spell it?
+    pub fn spells_value(text: &str) -> bool {
+        let mut again = String::with_capacity(text.len());
+        unescape(text).is_some_and(|value| {
+            push_escaped(&mut again, &value);
+            again == text
+        })
     }
 
     pub fn as_str(&self) -> &str {
@@ -213,6 +267,24 @@ mod tests {
         let t = TableName::new("public", "t");
         assert_ne!(Tag::row(&t, "a", "*").unwrap(), Tag::any_row(&t, "a"));
         assert_ne!(Tag::table(&TableName::new("a", "b")), Tag::table(&TableName::new("public", "a.b")));
+    }
+
+    #[test]
+    fn a_rules_tag_falls_with_its_word() {
+        let product = |value| Tag::composed([TagPiece::Literal("product:"), TagPiece::Value(value)].into_iter());
+        assert_eq!(product("7").unwrap(), Tag::parse("product:7").unwrap());
+        assert_eq!(product("7").unwrap().companion().unwrap().as_str(), "product:*");
+        assert_eq!(product("*").unwrap().as_str(), "product:%2A", "a value cannot pass for the companion");
+        assert_eq!(product("a:b=c").unwrap().companion().unwrap().as_str(), "product:*");
+        assert_eq!(product(&"x".repeat(65)), None);
+        assert_eq!(Tag::parse("a:b:c").unwrap().companion().unwrap().as_str(), "a:*");
+        for (tag, is) in [("product:*", true), ("t:a=*", true), ("product:7", false), ("t:a=1", false), ("product", false)] {
+            let tag = Tag::parse(tag).unwrap();
+            assert_eq!((tag.is_companion(), tag.companion().is_none() && tag.as_str().contains(':')), (is, is), "{tag}");
+        }
+        for own in [Tag::everything(), Tag::namespace("n"), Tag::key(&CacheKey::new("n", "k:*").unwrap())] {
+            assert!(own.companion().is_none() && !own.is_companion(), "{own}");
+        }
     }
 
     #[test]

@@ -24,7 +24,23 @@ impl Token {
 
 /// An unterminated literal ends with the text: whoever needs to know lets PostgreSQL say so.
 pub fn lex(sql: &str) -> Vec<Token> {
+    scan(&sql.chars().collect::<Vec<_>>(), |_, _, _| {})
+}
+
+/// The text with each parameter replaced, and nothing else touched.
+pub fn replace_params(sql: &str, instead: impl Fn(usize) -> String) -> String {
     let chars: Vec<char> = sql.chars().collect();
+    let (mut text, mut copied) = (String::with_capacity(sql.len()), 0);
+    scan(&chars, |from, to, number| {
+        text.extend(&chars[copied..from]);
+        text.push_str(&instead(number));
+        copied = to;
+    });
+    text.extend(&chars[copied..]);
+    text
+}
+
+fn scan(chars: &[char], mut param: impl FnMut(usize, usize, usize)) -> Vec<Token> {
     let mut tokens = Vec::new();
     let mut at = 0;
     while let Some(&c) = chars.get(at) {
@@ -36,7 +52,7 @@ pub fn lex(sql: &str) -> Vec<Token> {
                     at += 1;
                 }
             }
-            '/' if next == Some('*') => at = after_comment(&chars, at),
+            '/' if next == Some('*') => at = after_comment(chars, at),
             '\'' => {
                 // E'…' came as the word `e` just before, without a space.
                 let escapes =
@@ -44,28 +60,30 @@ pub fn lex(sql: &str) -> Vec<Token> {
                 if escapes || tokens.last().is_some_and(|t| prefix_word(t) && at > 0 && chars[at - 1].is_alphabetic()) {
                     tokens.pop();
                 }
-                let (text, end) = quoted(&chars, at + 1, '\'', escapes);
+                let (text, end) = quoted(chars, at + 1, '\'', escapes);
                 tokens.push(Token::Literal(text));
                 at = end;
             }
             '"' => {
-                let (text, end) = quoted(&chars, at + 1, '"', false);
+                let (text, end) = quoted(chars, at + 1, '"', false);
                 tokens.push(Token::Word { text, quoted: true });
                 at = end;
             }
             '$' if next.is_some_and(|c| c.is_ascii_digit()) => {
-                let end = run(&chars, at + 1, |c| c.is_ascii_digit());
+                let end = run(chars, at + 1, |c| c.is_ascii_digit());
                 let digits: String = chars[at + 1..end].iter().collect();
-                tokens.push(Token::Param(digits.parse().unwrap_or(usize::MAX)));
+                let number = digits.parse().unwrap_or(usize::MAX);
+                param(at, end, number);
+                tokens.push(Token::Param(number));
                 at = end;
             }
-            '$' => at = dollar(&chars, at, &mut tokens),
+            '$' => at = dollar(chars, at, &mut tokens),
             c if c.is_ascii_digit() => {
-                at = run(&chars, at, |c| c.is_alphanumeric() || c == '_' || c == '.');
+                at = run(chars, at, |c| c.is_alphanumeric() || c == '_' || c == '.');
                 tokens.push(Token::Number);
             }
             c if c.is_alphabetic() || c == '_' => {
-                let end = run(&chars, at, |c| c.is_alphanumeric() || c == '_' || c == '$');
+                let end = run(chars, at, |c| c.is_alphanumeric() || c == '_' || c == '$');
                 let text = chars[at..end].iter().collect::<String>().to_ascii_lowercase();
                 tokens.push(Token::Word { text, quoted: false });
                 at = end;
@@ -159,6 +177,12 @@ pub fn names_called(tokens: &[Token]) -> Vec<(Option<String>, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_parameters_are_replaced() {
+        let replaced = replace_params("select $1, '$2', \"$3\", $x$ $4 $x$ -- $5\n, $12::int /* $6 */", |n| format!("<{n}>"));
+        assert_eq!(replaced, "select <1>, '$2', \"$3\", $x$ $4 $x$ -- $5\n, <12>::int /* $6 */");
+    }
 
     #[test]
     fn what_is_inside_quotes_and_comments_is_not_code() {

@@ -10,6 +10,7 @@
 //! | what the catalog is asked | `gather`, `functions` |
 //! | dependencies per role, and why an answer is not kept | `plan`, `error` |
 //! | the one statement that answers | `run` |
+//! | one statement that looks up many keys | `lookup` |
 
 mod analyse;
 mod conjunct;
@@ -24,6 +25,7 @@ mod gather;
 mod key;
 mod known;
 mod lex;
+mod lookup;
 mod names;
 mod plan;
 mod policy;
@@ -36,6 +38,7 @@ pub use dependency::{Dependency, Operand};
 pub use error::{QueryError, Uncacheable};
 pub use file::{MAX_FILE_BYTES, NamedQuery, Param, QueryFileError, load_dir};
 pub use key::{NAMESPACE_PREFIX, key, namespace};
+pub use lookup::lookup_of_many;
 pub use plan::{Plan, plan};
 pub use queries::Queries;
 pub use run::{Answer, run};

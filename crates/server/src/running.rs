@@ -9,14 +9,15 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use walcast_engine::{
-    ConnectConfig, Engine, EngineError,
-    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, NamespaceSettings, RealtimeLimits, StreamLimits},
+    ConnectConfig, Engine, EngineError, EventMask,
+    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, NamespaceSettings, RealtimeLimits, StreamLimits, TagRuleConfig},
+    model::TableName,
 };
 
 use crate::{
     failure::Failure,
     http::{self, App, DemoSession, Limits},
-    settings::{self, NamespaceSource, Settings},
+    settings::{self, NamespaceSource, Settings, TagRuleSettings},
 };
 
 pub struct Running {
@@ -141,7 +142,23 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
                 .collect(),
         },
         queries_dir: settings.queries.dir.clone(),
+        tags: tag_rules(settings),
     })
+}
+
+/// `[[tags]]` as the engine and the doctor take them.
+pub fn tag_rules(settings: &Settings) -> Vec<TagRuleConfig> {
+    let rule = |rule: &TagRuleSettings| TagRuleConfig {
+        place: rule.place.clone(),
+        table: TableName::parse(&rule.table),
+        on: rule.on.iter().map(|name| EventMask::parse(name)).reduce(EventMask::and).unwrap_or(EventMask::ALL),
+        when_changed: rule.when_changed.clone(),
+        raise: rule.raise.clone(),
+        cascade: rule.cascade.clone(),
+        with: rule.with.clone(),
+        reads: rule.reads.iter().map(|table| TableName::parse(table)).collect(),
+    };
+    settings.tags.iter().map(rule).collect()
 }
 
 fn engine_failure(error: &EngineError) -> Failure {

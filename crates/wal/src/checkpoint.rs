@@ -31,7 +31,7 @@ pub struct Attaching<'a> {
     pub slot_name: &'a str,
     pub slot: &'a SlotState,
     pub identity: &'a Identity,
-    /// Fingerprint of policies, privileges, keys and indexes: when they changed behind our back,
+    /// Fingerprint of policies, privileges, keys, indexes and tag rules: when they changed behind our back,
     /// the checkpoint says nothing about entries that were made under the old ones.
     pub rules: &'a str,
     /// The standing of this process before it lost the stream, none at its start.
@@ -141,7 +141,7 @@ fn decide(facts: &Attaching<'_>, clock: &TagClock, state: Option<&State>, sentin
         return new_floor("the tag clock's checkpoint has another form");
     }
     if !sentinel.same_rules {
-        return new_floor("policies, privileges, keys or indexes changed while nobody listened");
+        return new_floor("policies, privileges, keys, indexes or tag rules changed while nobody listened");
     }
     if sentinel.covered < acknowledged {
         return new_floor("the tag clock's checkpoint is behind the slot");

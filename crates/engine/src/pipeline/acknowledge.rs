@@ -89,7 +89,8 @@ impl Keeper {
 
     /// What the doctor would warn of now: a new table that nobody publishes is said once, and stays in `/readyz`.
     async fn look(&self, client: &Client) -> Result<(), PgError> {
-        let now = doctor::warnings(client, &crate::expectations(&self.core.config)).await?;
+        let mut now = doctor::warnings(client, &crate::expectations(&self.core.config)).await?;
+        now.extend(self.core.tag_rules.warnings());
         let before = std::mem::replace(&mut *self.core.warnings.lock(), now.clone());
         for warning in now.iter().filter(|warning| !before.contains(warning)) {
             tracing::warn!(warning, "`walcast check` says what mends it");
@@ -104,11 +105,11 @@ impl Keeper {
             self.marks = Marks::new(&self.core);
             self.acknowledge.send_replace(Lsn::ZERO);
         }
-        // Read before the clock is: what was read has been invalidated.
-        let covered = self.core.progress.read_to();
+        // Read before the clock is: what was read has been invalidated, but for what cascades have still to raise.
+        let covered = self.core.invalidated_whole();
         let standing = self.core.standing.lock().clone();
         if let Some(standing) = standing {
-            let rules = self.core.fingerprint.lock().clone();
+            let rules = self.core.tag_rules.with_fingerprint(&self.core.fingerprint.lock());
             let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered).await?;
             let mut current = self.core.standing.lock();
             // Attached anew meanwhile: that standing is the newer one.
@@ -133,7 +134,7 @@ impl Keeper {
         if moved {
             self.core.rules_moved(self.core.progress.read_to());
         }
-        Ok(())
+        self.core.look_at_tag_rules_again(client).await
     }
 }
 
@@ -172,7 +173,7 @@ impl Marks {
     fn acknowledgeable(&mut self, core: &Core, covered: Lsn) -> Option<Lsn> {
         let announced = core.progress.announced().lsn;
         // With nothing under way, what was read is done with, also where it held nothing for us.
-        let done = if announced >= core.progress.invalidated() { covered } else { announced.min(covered) };
+        let done = if announced >= core.progress.raised() { covered } else { announced.min(covered) };
         self.advance(Instant::now(), done)
     }
 

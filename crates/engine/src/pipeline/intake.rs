@@ -140,10 +140,10 @@ impl IntakeTask {
         }
         let xid = Xid::widen(commit.xid, self.core.progress.xmax());
         self.invalidate(&commit, xid);
+        let cascades = self.core.raise_by_rules(&commit, xid);
         self.handled = commit.lsn;
         self.handled_end = commit.end_lsn;
-        self.core.progress.note_invalidated(commit.lsn);
-        self.core.cache.note_invalidated(commit.lsn);
+        self.core.note_raised(commit.lsn);
         self.core.progress.note_read(commit.end_lsn);
         self.core.metrics.commits.increment(1);
         self.answer_messages(&commit);
@@ -160,7 +160,7 @@ impl IntakeTask {
             }
         };
         // The receiver ends only at shutdown.
-        let _ = self.to_settle.send(Intake::Commit(InFlight { commit: Arc::new(commit), xid, room })).await;
+        let _ = self.to_settle.send(Intake::Commit(InFlight { commit: Arc::new(commit), xid, room, cascades })).await;
     }
 
     /// Step 5: at once, in LSN order, before anybody can be told.
@@ -214,6 +214,7 @@ impl IntakeTask {
             tracing::debug!(table = %table.name, "the table was redefined: its cached entries and rules retire");
             let tags = tags_of_table(table).into_iter().chain(before.iter().flat_map(|b| tags_of_table(b)));
             tags.for_each(|tag| self.core.clock.raise(tag, stamp));
+            self.core.raise_rules_of(before.iter().chain([table]), stamp);
         }
         self.core.queries.forget_plans_of(&table.name);
         self.core.tracked.lock().forget(&table.name);
@@ -293,7 +294,7 @@ impl IntakeTask {
             slot_name: &core.config.slot,
             slot: &slot,
             identity: &identity,
-            rules: &fingerprint,
+            rules: &core.tag_rules.with_fingerprint(&fingerprint),
             running: running.as_ref(),
             fresh_epoch,
         };
@@ -306,6 +307,7 @@ impl IntakeTask {
         if new_epoch {
             self.handled = Lsn::ZERO;
             self.handled_end = Lsn::ZERO;
+            core.cascades.forget();
             core.progress.begin_epoch(standing.epoch, acknowledged);
             core.cache.set_epoch(standing.epoch);
             core.ring.lock().restart((acknowledged.before(), u32::MAX));
@@ -336,6 +338,7 @@ impl Core {
         tracing::info!("policies, privileges or roles changed: remembered rules and cached queries retire");
         self.rules.retire_all();
         self.queries.forget_plans();
+        self.tag_rules.outdate();
         // One further: right after a start, answers may be settled up to just where the stream was read to.
         self.clock.raise(rules_tag().hash(), Stamp::unseen(Lsn(read_to.0 + 1)));
     }

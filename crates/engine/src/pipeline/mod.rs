@@ -1,12 +1,14 @@
 //! What happens when a row changes, stage by stage:
 //!
 //! [`intake`]: read, assemble, invalidate at once. [`settle`]: wait until the commit is visible to everybody.
+//! [`cascade`]: invalidate what rules look up in the database, where there are such rules.
 //! [`announce`]: match, authorise, encode once, fan out. [`acknowledge`]: checkpoint, heartbeat, tell the slot.
 //!
 //! Data walks one way. Invalidating never waits for a later stage's decision; announcing never waits for a socket.
 
 pub mod acknowledge;
 pub mod announce;
+pub mod cascade;
 pub mod intake;
 pub mod settle;
 
@@ -21,6 +23,8 @@ pub struct InFlight {
     pub commit: Arc<Commit>,
     pub xid: Xid,
     pub room: Option<OwnedSemaphorePermit>,
+    /// What has still to be looked up and raised before anybody is told.
+    pub cascades: Option<Box<cascade::Cascades>>,
 }
 
 /// What the settle stage hands on, in LSN order.

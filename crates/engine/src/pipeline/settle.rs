@@ -107,6 +107,7 @@ impl Queue {
             Intake::Commit(commit) => match &mut self.overrun {
                 // Its rows are let go at once; only its place in the order is kept.
                 Some(overrun) => {
+                    self.core.give_up_cascades(&commit);
                     overrun.waiting.push(commit.xid);
                     overrun.last = commit.commit.lsn;
                 }
@@ -186,6 +187,7 @@ impl Queue {
         self.core.progress.note_unsettled(Some(Unsettled { xid, lsn, since: self.head_since }));
         self.core.metrics.unsettled.increment(1);
         let last = self.held.back().map_or(lsn, |commit| commit.commit.lsn);
+        self.held.iter().for_each(|commit| self.core.give_up_cascades(commit));
         self.overrun = Some(Overrun { waiting: self.held.drain(..).map(|commit| commit.xid).collect(), last });
         self.bytes = 0;
         let _ = announce.send(Announcement::Resync { reason: "unsettled", at: self.core.progress.taken().lsn }).await;

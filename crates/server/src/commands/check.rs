@@ -5,7 +5,7 @@ use std::{io::IsTerminal, process::ExitCode};
 use serde_json::json;
 use walcast_engine::doctor::{Expectations, Finding, Level, check};
 
-use crate::{cli::CheckArgs, failure::Failure, settings::Settings};
+use crate::{cli::CheckArgs, failure::Failure, running, settings::Settings};
 
 /// What `serve` needs of a database, out of the settings.
 pub fn expectations(settings: &Settings) -> Expectations {
@@ -17,6 +17,7 @@ pub fn expectations(settings: &Settings) -> Expectations {
         acknowledge_bytes: settings.stream.acknowledge_bytes,
         max_connections: settings.database.max_connections,
         jwt_secret_bytes: settings.auth.jwt_secret.as_ref().map(|secret| secret.expose().len()),
+        tags: running::tag_rules(settings),
     }
 }
 

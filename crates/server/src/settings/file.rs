@@ -1,5 +1,5 @@
 //! `walcast.toml` as a flat list of keys and raw values, each with its line. Knows nothing of which keys exist
-//! but for the shape of `[cache.namespaces.NAME]`.
+//! but for the shapes of `[cache.namespaces.NAME]` and `[[tags]]`.
 
 use toml::{
     Spanned,
@@ -8,6 +8,7 @@ use toml::{
 
 use super::{
     error::{Origin, SettingsError},
+    tag_rule::FoundRule,
     value::Raw,
 };
 
@@ -19,7 +20,14 @@ pub struct Found {
     pub origin: Origin,
 }
 
-pub fn read(text: &str, path: &str) -> Result<Vec<Found>, SettingsError> {
+/// What a file says, in its order.
+#[derive(Default)]
+pub struct Contents {
+    pub found: Vec<Found>,
+    pub rules: Vec<FoundRule>,
+}
+
+pub fn read(text: &str, path: &str) -> Result<Contents, SettingsError> {
     let table = DeTable::parse(text).map_err(|error| {
         let place = error.span().map_or_else(String::new, |span| format!(" line {}", line_of(text, span.start)));
         SettingsError {
@@ -28,19 +36,21 @@ pub fn read(text: &str, path: &str) -> Result<Vec<Found>, SettingsError> {
             hint: Some("settings are written as `[cache]` and below it `l1_bytes = \"64MiB\"`".into()),
         }
     })?;
-    let mut found = Vec::new();
-    let mut reader = Reader { text, path, found: &mut found };
+    let mut contents = Contents::default();
+    let mut reader = Reader { text, path, found: &mut contents.found, rules: &mut contents.rules };
     reader.table(table.get_ref(), "");
-    Ok(found)
+    Ok(contents)
 }
 
 struct Reader<'a> {
     text: &'a str,
     path: &'a str,
     found: &'a mut Vec<Found>,
+    rules: &'a mut Vec<FoundRule>,
 }
 
 const NAMESPACES: &str = "cache.namespaces";
+const TAGS: &str = "tags";
 
 impl Reader<'_> {
     fn table(&mut self, table: &DeTable<'_>, prefix: &str) {
@@ -48,12 +58,26 @@ impl Reader<'_> {
             let key = if prefix.is_empty() { name.get_ref().to_string() } else { format!("{prefix}.{}", name.get_ref()) };
             match value.get_ref() {
                 DeValue::Table(inner) if key == NAMESPACES => self.namespaces(inner),
+                DeValue::Array(items) if key == TAGS => items.iter().for_each(|item| self.rule(item, name.span().start)),
                 DeValue::Table(inner) if !inner.is_empty() => self.table(inner, &key),
                 // An empty section says nothing, but its name may be misspelt.
                 DeValue::Table(_) => self.push(key, None, Raw::Other("an empty section".into()), name.span().start),
                 _ => self.value(key, None, value, name.span().start),
             }
         }
+    }
+
+    /// A table of a list begins at its first key: that of the list itself is the first one's.
+    fn rule(&mut self, item: &Spanned<DeValue<'_>>, list_start: usize) {
+        let DeValue::Table(table) = item.get_ref() else {
+            return self.push(TAGS.into(), None, Raw::Other("a list of other things than tables".into()), list_start);
+        };
+        let at = |start: usize| Origin::File { path: self.path.to_owned(), line: line_of(self.text, start) };
+        let keys: Vec<_> =
+            table.iter().map(|(key, value)| (key.get_ref().to_string(), raw(value.get_ref()), at(key.span().start))).collect();
+        let first = table.iter().map(|(key, _)| key.span().start).min();
+        let origin = at(first.unwrap_or_else(|| item.span().start));
+        self.rules.push(FoundRule { origin, keys });
     }
 
     fn namespaces(&mut self, table: &DeTable<'_>) {

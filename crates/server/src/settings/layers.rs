@@ -6,11 +6,12 @@ use std::{
 };
 
 use super::{
-    NamespaceSettings, Settings, SettingsErrors,
+    NamespaceSettings, Settings, SettingsErrors, TagRuleSettings,
     error::{Origin, SettingsError, nearest},
     file,
     resolved::Resolved,
     table::{FALLBACK_ENV, FIXED_ENV, NAMESPACE, PROCESS_ENV, SETTINGS, Setting},
+    tag_rule,
     value::{Raw, Value},
 };
 
@@ -48,6 +49,7 @@ const FILE_SUFFIX: &str = "_FILE";
 struct Layers {
     values: HashMap<&'static str, (Raw, Value, Origin)>,
     namespaces: BTreeMap<String, Resolved>,
+    tags: Vec<TagRuleSettings>,
     errors: Vec<SettingsError>,
 }
 
@@ -96,7 +98,10 @@ impl Layers {
             }
         };
         match file::read(&text, &shown) {
-            Ok(found) => found.into_iter().for_each(|found| self.take_found(found)),
+            Ok(contents) => {
+                contents.found.into_iter().for_each(|found| self.take_found(found));
+                self.tags.extend(contents.rules.into_iter().filter_map(|rule| tag_rule::take(rule, &mut self.errors)));
+            }
             Err(error) => self.errors.push(error),
         }
     }
@@ -213,7 +218,8 @@ impl Layers {
             .collect();
         let mut resolved = Resolved(self.values.into_iter().map(|(key, (_, value, _))| (key, value)).collect());
         let namespaces = self.namespaces.into_iter().map(|(name, resolved)| (name, namespace(resolved))).collect();
-        Ok(Loaded { settings: Settings::from_resolved(&mut resolved, namespaces), effective })
+        let settings = Settings { tags: self.tags, ..Settings::from_resolved(&mut resolved, namespaces) };
+        Ok(Loaded { settings, effective })
     }
 }
 

@@ -10,6 +10,7 @@ mod reference;
 mod resolved;
 mod secret;
 pub mod table;
+mod tag_rule;
 mod value;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
@@ -18,6 +19,7 @@ pub use error::{SettingsError, SettingsErrors};
 pub use layers::{Effective, Inputs, Loaded, load};
 pub use reference::reference;
 pub use secret::Secret;
+pub use tag_rule::TagRuleSettings;
 pub use value::parse_time as parse_duration;
 
 use resolved::Resolved;
@@ -32,6 +34,8 @@ pub struct Settings {
     pub stream: StreamSettings,
     pub realtime: RealtimeSettings,
     pub log: LogSettings,
+    /// `[[tags]]`, in the file's order.
+    pub tags: Vec<TagRuleSettings>,
 }
 
 #[derive(Debug, Clone)]
@@ -180,6 +184,7 @@ impl Settings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },
                 level: from.text("log.level"),
             },
+            tags: Vec::new(),
         }
     }
 }

@@ -2,7 +2,10 @@
 
 use std::fmt::Write;
 
-use super::table::{NAMESPACE, SETTINGS, Setting};
+use super::{
+    table::{NAMESPACE, SETTINGS, Setting},
+    tag_rule::TAG_RULE,
+};
 
 pub fn reference() -> String {
     let mut page = String::from(
@@ -45,9 +48,19 @@ pub fn reference() -> String {
         let _ = writeln!(page, "| `{}` | {} | {} | {} |", setting.key, kind(setting), default(setting), setting.help);
     }
     page.push_str(
+        "\n## `[[tags]]`\n\n\
+         Only in the file, once for each rule: what a change of a table raises beside the table's and the rows' own tags. \
+         [Tags](../guides/tags.md) tells how.\n\n\
+         | key | type | default | what it does |\n|---|---|---|---|\n",
+    );
+    for setting in TAG_RULE {
+        let _ = writeln!(page, "| `{}` | {} | {} | {} |", setting.key, kind(setting), default(setting), setting.help);
+    }
+    page.push_str(
         "\n## An example\n\n```toml\n[server]\nlisten = \"0.0.0.0:4000\"\n\n[cache]\nl1_bytes = \"256MiB\"\n\n\
          [cache.namespaces.patients]\nttl = \"10m\"\nroles = [\"authenticated\"]\n\n\
-         [cache.namespaces.sessions]\nsource = \"external\"\nttl = \"1h\"\n```\n",
+         [cache.namespaces.sessions]\nsource = \"external\"\nttl = \"1h\"\n\n\
+         [[tags]]\ntable = \"enrolments\"\nraise = [\"student:{student_id}\"]\n```\n",
     );
     page
 }

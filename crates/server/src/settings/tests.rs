@@ -114,7 +114,19 @@ fn what_is_misspelt_is_named_with_its_place_and_what_was_meant() {
         ("[cache.namespaces.a]\nttl = '5s'\nrole = ['x']\n", "line 3: there is no setting `cache.namespaces.a.role`", "`roles`"),
         ("[cache.namespaces]\na = 5\n", "line 2", ""),
         ("[cache.namespaces.'a b']\nttl = '5s'\n", "cannot name a cache namespace", "a-z"),
-        ("[[tags]]\ntable = 'a'\n", "`tags`", ""),
+        ("[[tags]]\ntable = 'a'\nraise = ['s:{x}']\n\nrase = ['s:{x}']\n", "line 5: there is no setting `tags.rase`", "`raise`"),
+        ("tags = ['a']\n", "line 1", "[[tags]]"),
+        ("[[tags]]\nraise = ['s:{x}']\n", "line 2: a rule for tags has no `table`", "table ="),
+        ("[[tags]]\ntable = 'a'\n", "line 2: a rule for tags has no `raise`", "raise ="),
+        ("[[tags]]\ntable = 'a'\nraise = ['s']\n", "line 3: `s` does not begin with a word", "student:{student_id}"),
+        ("[[tags]]\ntable = 'a'\nraise = 5\n", "line 3: `tags.raise` is 5, but must be a list", "student"),
+        (
+            "[[tags]]\ntable = 'a'\non = ['upsert']\nraise = ['s:{x}']\n",
+            "line 3: `upsert` is no operation",
+            "insert, update, delete",
+        ),
+        ("[[tags]]\ntable = 'a'\ncascade = 'select 1'\nraise = ['s:{x}']\n", "line 3: a cascade needs `with`", "with ="),
+        ("[[tags]]\ntable = 'a'\nwith = ['b']\nraise = ['s:{x}']\n", "line 3: `with` belongs to a `cascade`", "cascade ="),
     ] {
         let error = error(Some(file), &[], &[]);
         assert!(error.contains(place) && error.contains(meant), "{file:?}: {error}");
@@ -189,6 +201,20 @@ fn namespaces_are_read_from_the_file() {
     let sessions = &namespaces["sessions"];
     assert_eq!((sessions.ttl, sessions.source, sessions.serve_stale), (None, NamespaceSource::External, true));
     assert!(namespaces["plain"].roles.is_empty());
+}
+
+#[test]
+fn rules_for_tags_are_read_in_their_order_with_their_lines() {
+    let file = "[[tags]]\ntable = 'enrolments'\non = ['insert', 'update']\nwhen_changed = ['status']\nraise = ['s:{a}', 'c:{b}']\n\n\
+                [[tags]]\ntable = 'school.lessons'\ncascade = 'select product_id from modules where id = $1'\n\
+                with = ['module_id']\nraise = ['product:{product_id}']\n";
+    let tags = with(Some(file), &[], &[]).unwrap().settings.tags;
+    let [enrolments, lessons] = tags.as_slice() else { panic!("{tags:?}") };
+    assert_eq!((enrolments.place.as_str(), enrolments.on.len()), ("[[tags]] at walcast.toml line 2", 2));
+    assert_eq!((enrolments.when_changed.as_slice(), enrolments.raise.len()), (["status".to_owned()].as_slice(), 2));
+    assert_eq!((lessons.table.as_str(), lessons.with.len()), ("school.lessons", 1));
+    assert!(lessons.cascade.as_ref().unwrap().contains("$1"));
+    assert_eq!((lessons.place.as_str(), lessons.on.len()), ("[[tags]] at walcast.toml line 8", 3));
 }
 
 #[test]
