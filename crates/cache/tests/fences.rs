@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{World, fence, key, refusal, tag, told, value, world, world_with};
-use walcast_cache::{AtLeast, CacheConfig, Hearing, PutError, Refusal, TicketError};
+use walcast_cache::{AtLeast, CacheConfig, Hearing, NamespaceConfig, Policy, PutError, Refusal, TicketError};
 use walcast_model::{Epoch, Floor, Lsn, Stamp, Tag, Xid};
 
 async fn get(world: &World, name: &str) -> String {
@@ -48,6 +48,40 @@ async fn p4_an_entry_is_gone_with_the_commit_that_touched_it_and_others_stay() {
     assert_eq!(get(&w, "8").await, "hit eight");
     w.commit(110, 21, &["patients:id=*"]);
     assert_eq!(get(&w, "8").await, "miss invalidated", "rows whose id is not known");
+}
+
+/// Both rooms that a policy can have: the shared one, and a namespace's own.
+#[test]
+fn p4_p5_fences_hold_whatever_the_policy_and_whosever_the_room() {
+    for policy in Policy::ALL {
+        let own = NamespaceConfig { policy, l1_bytes: Some(1 << 20), ..NamespaceConfig::default() };
+        let unnamed = NamespaceConfig { policy, ..NamespaceConfig::default() };
+        let w = world_with(CacheConfig { namespaces: [("own".into(), own)].into(), unnamed, ..CacheConfig::default() }, None);
+        let get = |name: &str| told(&w.cache.get_l1(&key(name), AtLeast::Any));
+        for name in ["7", "own/7"] {
+            let told = |text: &str| format!("{policy:?} {name}: {text}");
+            let lsn = w.cache.invalidated_to().0 + 100;
+            let newer = format!("10:{}:", lsn + 20);
+            let xid = lsn + 10;
+            w.put(name, "old", &["patients:id=7"], fence("10:20:", lsn));
+            assert_eq!(get(name), "hit old", "{}", told("stored"));
+            assert_eq!(refusal(&w.put(name, "new", &["patients:id=7"], fence(&newer, lsn))), None);
+            assert_eq!(refusal(&w.put(name, "old", &["patients:id=7"], fence("10:20:", lsn))), Some(Refusal::Older));
+            assert_eq!(get(name), "hit new", "{}", told("an older one does not replace it"));
+            w.commit(lsn + 50, xid, &["patients:id=7"]);
+            assert_eq!(get(name), "hit new", "{}", told("its snapshot saw the commit"));
+            w.commit(lsn + 60, lsn + 30, &["patients:id=7"]);
+            assert_eq!(get(name), "miss invalidated", "{}", told("touched"));
+            assert_eq!(get(name), "miss absent", "{}", told("and taken out"));
+            assert_eq!(refusal(&w.put(name, "new", &["patients:id=7"], fence(&newer, lsn))), Some(Refusal::Touched));
+            w.put(name, "kept", &[], fence("10:20:", lsn + 60));
+            assert!(w.cache.delete_local(&key(name)) && get(name) == "miss absent", "{}", told("deleted"));
+            w.put(name, "kept", &[], fence("10:20:", lsn + 60));
+        }
+        w.cache.set_epoch(Epoch(9));
+        assert_eq!(["7", "own/7"].map(get), ["miss absent", "miss absent"], "{policy:?}: another epoch");
+        assert_eq!((w.cache.l1_entries(), w.cache.l1_bytes()), (0, 0), "{policy:?}");
+    }
 }
 
 #[tokio::test]

@@ -87,6 +87,9 @@ impl Hasher for Given {
 const OVERHEAD: u64 = 64 << 10;
 /// Below that a shard lets go what its neighbour would keep.
 const ENTRIES_A_SHARD: usize = 64;
+/// How much of a room is for what proved itself in use. By `walcast-bench hit-ratio`, a little better than the
+/// library's 0.97 on scans and loops and no worse elsewhere; its own share for ghosts, 0.5, was best.
+const PROVEN: f64 = 0.99;
 /// What an entry weighs where nobody knows better.
 const USUAL_WEIGHT: u64 = 1024;
 
@@ -202,7 +205,9 @@ fn quick(shard_bytes: u64, shards: usize, expected: usize) -> sync::Cache<CacheK
     // With fewer it would take fewer shards.
     let expected = expected.max(shards * 32);
     let bytes = shard_bytes * shards as u64;
-    let options = OptionsBuilder::new().shards(shards).weight_capacity(bytes).estimated_items_capacity(expected).build();
+    let mut options = OptionsBuilder::new();
+    options.shards(shards).weight_capacity(bytes).estimated_items_capacity(expected).hot_allocation(PROVEN);
+    let options = options.build();
     let lifecycle = sync::DefaultLifecycle::default();
     match options {
         Ok(options) => sync::Cache::with_options(options, ByWeight, KeysOwnHash, lifecycle),
