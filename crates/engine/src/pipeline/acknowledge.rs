@@ -106,10 +106,11 @@ impl Keeper {
         }
         // Read before the clock is: what was read has been invalidated.
         let covered = self.core.progress.read_to();
+        let settled = self.core.progress.settled();
         let standing = self.core.standing.lock().clone();
         if let Some(standing) = standing {
             let rules = self.core.fingerprint.lock().clone();
-            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered).await?;
+            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered, settled).await?;
             let mut current = self.core.standing.lock();
             // Attached anew meanwhile: that standing is the newer one.
             if current.as_ref().is_some_and(|now| (now.epoch, now.floor) == (saved.epoch, saved.floor)) {
