@@ -28,9 +28,11 @@ $$;
 
 -- The separator cannot be part of a key that anybody names: neither cache_get nor GET /cache reaches these entries.
 create or replace function walcast.cached_key("function" oid, args jsonb, vary text[], path text) returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select left(regexp_replace($1::regprocedure::text, '[^a-zA-Z0-9_.,()" -]', '?', 'g'), 200) || '#' || $1::text || ':'
-    || encode(sha256(convert_to($2::text, 'UTF8')), 'hex') || chr(31) || walcast.cached_context($3, $4)
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+  return left(regexp_replace($1::regprocedure::text, '[^a-zA-Z0-9_.,()" -]', '?', 'g'), 200) || '#' || $1::text || ':'
+    || encode(sha256(convert_to($2::text, 'UTF8')), 'hex') || chr(31) || walcast.cached_context($3, $4);
+end
 $$;
 
 -- Is the word in the text?
@@ -86,7 +88,6 @@ begin
   perform walcast.cache_require($5, 'write');
   perform walcast.cache_check_ttl($3);
   perform walcast.cache_check_tags($4, 63);
-  perform walcast.cache_check_tracked($4);
   if $6 is null or array_position($6, null) is not null then
     raise exception 'vary is a list of settings without nulls' using errcode = 'invalid_parameter_value', hint = 'as in array[''app.tenant'']';
   end if;
@@ -94,6 +95,10 @@ begin
     raise exception 'role "%" may not execute %', walcast.cache_caller(), $1 using errcode = 'insufficient_privilege';
   end if;
   select f.value into kept from walcast.cache_find($5, walcast.cached_key($1, $2, $6, $7)) f;
+  -- What is kept has passed the rest.
+  if kept is null then
+    perform walcast.cache_check_tracked($4);
+  end if;
   if kept is null and pg_current_xact_id_if_assigned() is null then
     select * into unkeyed from walcast.cached_unkeyed($1, $6) limit 1;
     if unkeyed.setting is not null then
@@ -118,6 +123,10 @@ begin
   end if;
   -- `~rules`: falls when policies, privileges, roles or functions change.
   return walcast.cache_store($5, walcast.cached_key($1, $2, $6, $7), convert_to($8::text, 'UTF8'), 'application/json', $3, $4 || '~rules'::text, $9);
+exception when others then
+  -- The caller has his result. That it could not be kept is no reason to take it from him.
+  raise warning 'walcast.cached() could not keep a result: %', sqlerrm;
+  return false;
 end
 $$;
 
@@ -144,16 +153,19 @@ begin
     raise exception 'function % %', coalesce($1::text, 'null'), why
       using errcode = 'invalid_parameter_value', hint = 'as in walcast.cached(''public.report(int)'', ''[7]'', tags => array[''orders''])';
   end if;
-  return format('select pg_catalog.to_jsonb(%I.%I(%s))', f.nspname, f.proname, (select string_agg(format('a.a%s', n), ', ' order by n) from generate_series(1, f.pronargs) n))
-    || coalesce((
-      select format(' from pg_catalog.jsonb_to_record($1) as a(%s)', string_agg(format('a%s %s', n, format_type(u, null)), ', ' order by n))
-      from unnest(f.proargtypes) with ordinality x(u, n)), '');
+  return format('select pg_catalog.to_jsonb(%I.%I(%s))', f.nspname, f.proname, (select string_agg('a.a' || n, ', ' order by n) from generate_series(1, f.pronargs) n))
+    || case when f.pronargs = 0 then '' else
+      format(' from pg_catalog.jsonb_to_record($1) as a(%s)', (
+        select string_agg(format('a%s %s', n, format_type(u, null)), ', ' order by n) from unnest(f.proargtypes) with ordinality x(u, n)))
+    end;
 end
 $$;
 
 create or replace function walcast.cached_args(args jsonb) returns jsonb
-language sql immutable set search_path = pg_catalog, pg_temp as $$
-  select coalesce(jsonb_object_agg('a' || n, item), '{}') from jsonb_array_elements($1) with ordinality x(item, n)
+language plpgsql immutable set search_path = pg_catalog, pg_temp as $$
+begin
+  return (select coalesce(jsonb_object_agg('a' || n, item), '{}') from jsonb_array_elements($1) with ordinality x(item, n));
+end
 $$;
 
 -- The function's result as JSON, from the cache if it may be answered, else called as the caller, under the caller's row
@@ -171,20 +183,20 @@ create or replace function walcast.cached(
 ) returns jsonb
 language plpgsql volatile as $$
 declare
-  statement text := walcast.cached_call($1, $2);
-  given jsonb := walcast.cached_args($2);
   path text := pg_catalog.current_setting('search_path');
   -- Else the result is of another role than the one it would be kept for.
   keeps boolean := current_user::text operator(pg_catalog.=) walcast.cache_caller();
   result jsonb := case when keeps then walcast.cached_find($1, $2, $3, $4, $5, $6, path) end;
   fence text;
+  statement text;
 begin
   if result is not null then
     return result;
   end if;
+  statement := walcast.cached_call($1, $2);
   keeps := keeps and pg_catalog.pg_current_xact_id_if_assigned() is null;
   fence := walcast.cache_fence();
-  execute statement into result using given;
+  execute statement into result using walcast.cached_args($2);
   result := coalesce(result, 'null'::jsonb);
   -- A function that wrote made a value of what nobody sees yet, and is to write each time it is called.
   if keeps and pg_catalog.pg_current_xact_id_if_assigned() is null then

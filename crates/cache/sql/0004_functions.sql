@@ -91,7 +91,7 @@ begin
   end if;
   select * into standing from walcast.cache_standing();
   select * into named from walcast.cache_namespaces n where n.namespace = $1;
-  if standing.epoch is null then
+  if standing.epoch is null or most is null then
     return false;
   end if;
   if $7 = 'none' then

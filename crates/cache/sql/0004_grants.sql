@@ -36,21 +36,24 @@ revoke all on walcast.cache_settings, walcast.cache_namespaces, walcast.namespac
 -- Who calls: the role that the session has taken, else the one that it logged in as. A session takes only roles that it is a
 -- member of, so this gives nobody more than he has. `current_user` would be the owner of whichever function is around us.
 create or replace function walcast.cache_caller() returns text
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select case current_setting('role') when 'none' then session_user::text else current_setting('role') end
-$$;
+language sql stable
+return case current_setting('role') when 'none' then session_user::text else current_setting('role') end;
 
 -- May the caller do this in the namespace? `service_role` may everything, others what they or a role whose rights they
 -- inherit are granted.
 create or replace function walcast.cache_may(namespace text, wish text) returns boolean
-language sql stable set search_path = pg_catalog, pg_temp as $$
-  select exists (
-    select from pg_roles r where r.rolname = 'service_role' and pg_has_role(walcast.cache_caller()::name, r.oid, 'usage')
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  caller name := walcast.cache_caller();
+begin
+  return exists (
+    select from pg_roles r where r.rolname = 'service_role' and pg_has_role(caller, r.oid, 'usage')
   ) or exists (
     select from walcast.namespace_grants g join pg_roles r on r.rolname = g.role
-    where g.namespace in ($1, '*') and pg_has_role(walcast.cache_caller()::name, r.oid, 'usage')
+    where g.namespace in ($1, '*') and pg_has_role(caller, r.oid, 'usage')
       and case $2 when 'read' then g.can_read when 'write' then g.can_write when 'invalidate' then g.can_invalidate end
-  )
+  );
+end
 $$;
 
 -- Names who may not do what, and what mends it.

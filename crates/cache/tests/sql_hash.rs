@@ -14,7 +14,8 @@ fn texts() -> Vec<String> {
     texts.extend((1..64).map(|len| "\u{10ffff}".repeat(len)));
     let mut runner = TestRunner::deterministic();
     let any = proptest::collection::vec(proptest::char::any(), 0..120);
-    let random = (0..500).filter_map(|_| any.new_tree(&mut runner).ok()).map(|tree| tree.current().into_iter().collect::<String>());
+    let random =
+        (0..500).filter_map(|_| any.new_tree(&mut runner).ok()).map(|tree| tree.current().into_iter().collect::<String>());
     texts.extend(random.map(|text| text.replace('\0', "")));
     texts
 }
