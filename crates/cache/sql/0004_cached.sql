@@ -92,7 +92,8 @@ begin
     raise exception 'vary is a list of settings without nulls' using errcode = 'invalid_parameter_value', hint = 'as in array[''app.tenant'']';
   end if;
   if not coalesce(has_function_privilege(walcast.cache_caller()::name, $1, 'execute'), false) then
-    raise exception 'role "%" may not execute %', walcast.cache_caller(), $1 using errcode = 'insufficient_privilege';
+    raise exception 'role "%" may not execute %', walcast.cache_caller(), coalesce($1::text, 'null')
+      using errcode = 'insufficient_privilege', hint = format('grant execute on function %s to %I', $1, walcast.cache_caller());
   end if;
   select f.value into kept from walcast.cache_find($5, walcast.cached_key($1, $2, $6, $7)) f;
   -- What is kept has passed the rest.
@@ -144,8 +145,8 @@ begin
     when f.oid is null then 'does not exist'
     when f.prokind <> 'f' then 'is a procedure, an aggregate or a window function'
     when f.proretset then 'returns a set of rows; let it return jsonb_agg of them'
-    when f.returns = 'p' and f.prorettype <> 'record'::regtype then 'returns nothing that could be kept'
     when f.provariadic <> 0 or f.polymorphic then 'takes arguments of no declared type'
+    when f.returns = 'p' and f.prorettype <> 'record'::regtype then 'returns nothing that could be kept'
     when jsonb_typeof($2) is distinct from 'array' then 'takes its arguments as one JSON list, as in ''[7, "text"]'''
     when jsonb_array_length($2) <> f.pronargs then format('takes %s arguments, not %s', f.pronargs, jsonb_array_length($2))
   end;

@@ -239,7 +239,7 @@ async fn a_role_without_a_grant_is_refused_by_name_and_nobody_reads_the_tables()
         ("authenticated", "select walcast.cache_invalidate_namespace('unlisted')", "no right to invalidate in cache namespace"),
         ("service_role", "select walcast.cache_get('query.items', 'k')", "holds what queries keep"),
         ("anon", "select walcast.cached('report()')", "role \"anon\" has no right to read in cache namespace \"sql\""),
-        ("authenticated", "select walcast.cached('secret()')", "may not execute secret()"),
+        ("authenticated", "select walcast.cached('secret()')", "may not execute public.secret()"),
         ("anon", "select * from walcast.cache_entries", "permission denied for table cache_entries"),
         (
             "authenticated",
@@ -449,7 +449,7 @@ async fn p5_after_a_crash_or_without_walcast_sql_answers_nothing_of_before() -> 
 #[tokio::test]
 async fn migrate_prints_functions_and_grants_and_writes_what_the_config_says_now() -> Result<()> {
     let room = Room::open().await?;
-    let printed = room.walcast(&["migrate", "--print"]).await?;
+    let printed = room.printed().await?;
     for part in [
         "function walcast.cache_get(",
         "function walcast.cached(",
