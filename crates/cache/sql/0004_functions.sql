@@ -81,6 +81,7 @@ declare
   most bigint := (select s.max_value_bytes from walcast.cache_settings s);
   seen text;
   settled pg_lsn;
+  ends timestamptz;
 begin
   if octet_length($3) > most then
     raise exception 'a value has at most % bytes, not %', most, octet_length($3)
@@ -114,16 +115,18 @@ begin
   if not pg_try_advisory_xact_lock(hashtextextended(('walcast/' || $1 || '/' || $2) collate "C", 3)) then
     return false;
   end if;
+  ends := clock_timestamp() + coalesce($5, named.ttl, (select s.default_ttl from walcast.cache_settings s));
   insert into walcast.cache_entries as c
-    (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag)
+    (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, stale_until, negative, etag)
   values (walcast.cache_hash($1, $2), $1, $2, $3, $4, all_tags, standing.epoch, standing.floor, settled, split_part(seen, ':', 2)::bigint, seen,
-    clock_timestamp(), clock_timestamp() + coalesce($5, named.ttl, (select s.default_ttl from walcast.cache_settings s)),
+    clock_timestamp(), ends, ends, false,
     '"' || encode(substr(sha256(convert_to($4, 'UTF8') || '\x00' || $3), 1, 16), 'hex') || '"')
   -- Never back: a row gives way only to a fence that is not older, or if it is of another epoch and so unreachable.
   on conflict (hash) do update set
     namespace = excluded.namespace, key = excluded.key, value = excluded.value, content_type = excluded.content_type,
     tags = excluded.tags, epoch = excluded.epoch, floor = excluded.floor, settled = excluded.settled, snapshot_xmax = excluded.snapshot_xmax,
-    snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag
+    snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, stale_until = excluded.stale_until,
+    negative = excluded.negative, etag = excluded.etag
   where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
     -- What does not come from this database is as new as its writer.
     or named.external;

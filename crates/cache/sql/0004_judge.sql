@@ -1,6 +1,10 @@
 -- How SQL judges a row of the second tier: by the checkpoint of the tag clock, as Walcast itself judges it by the clock.
 -- The checkpoint is about a second old. So what SQL reads is of bounded staleness, and no more than that.
 
+alter table walcast.cache_entries
+  add column if not exists stale_until timestamptz,
+  add column if not exists negative boolean not null default false;
+
 -- The small ones have a body that is bound when it is made and no search path of their own, so that PostgreSQL
 -- writes them into the statement that calls them; the others are in PL/pgSQL, which keeps its plans for the session.
 
@@ -73,7 +77,7 @@ begin
   select c.*, s.slots into e
   from walcast.cache_entries c, walcast.cache_standing() s
   where c.hash = walcast.cache_hash($1, $2) and c.namespace = $1 and c.key = $2
-    and c.epoch = s.epoch and c.floor = s.floor and c.expires_at > clock_timestamp();
+    and c.epoch = s.epoch and c.floor = s.floor and c.expires_at > clock_timestamp() and not c.negative;
   if found and walcast.clock_admits($1, $2, e.tags, e.settled, e.snapshot, e.slots) then
     return query select e.value, e.content_type;
   end if;
