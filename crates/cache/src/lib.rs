@@ -39,4 +39,32 @@ pub use stats::{Counter, Stats};
 pub use ticket::{TicketError, Tickets};
 
 /// What this room puts into the database, in order.
-pub const MIGRATIONS: &[(&str, &str)] = &[("cache/0001_entries", include_str!("../sql/0001_entries.sql"))];
+pub const MIGRATIONS: &[(&str, &str)] = &[
+    ("cache/0001_entries", include_str!("../sql/0001_entries.sql")),
+    ("cache/0004_grants", include_str!("../sql/0004_grants.sql")),
+    ("cache/0004_judge", include_str!("../sql/0004_judge.sql")),
+    ("cache/0004_tags", include_str!("../sql/0004_tags.sql")),
+    ("cache/0004_functions", include_str!("../sql/0004_functions.sql")),
+    ("cache/0004_cached", include_str!("../sql/0004_cached.sql")),
+];
+
+/// Functions that callers may execute, in schema `walcast`. Each checks the caller's grants at every call.
+pub const SQL_FACE: &[&str] = &[
+    "cache_get(text, text)",
+    "cache_get_bytes(text, text)",
+    "cache_set(text, text, jsonb, interval, text[], text)",
+    "cache_fence()",
+    "cache_invalidate_tags(text[])",
+    "cache_invalidate_key(text, text)",
+    "cache_invalidate_namespace(text)",
+    "cached(regprocedure, jsonb, interval, text[], text, text[])",
+    // What `cached` does with its owner's rights.
+    "cache_caller()",
+    "cached_call(regprocedure, jsonb)",
+    "cached_args(jsonb)",
+    "cached_find(regprocedure, jsonb, interval, text[], text, text[], text)",
+    "cached_keep(regprocedure, jsonb, interval, text[], text, text[], text, jsonb, text)",
+];
+
+/// Tables that say who may do what; written by `migrate` alone.
+pub const SQL_SETTINGS: &[&str] = &["cache_settings", "cache_namespaces", "namespace_grants"];

@@ -3,6 +3,7 @@
 //!
 //! Every file runs once, in a transaction of its own, under an advisory lock. What is printed is what runs.
 
+mod cache_rights;
 mod error;
 mod serve_role;
 pub(crate) mod tables;
@@ -12,6 +13,8 @@ use std::fmt::Write;
 use tokio_postgres::{Client, types::Type};
 use walcast_pg::{ConnectConfig, PgError, quote_ident, quote_literal};
 
+pub(crate) use cache_rights::own_tables;
+pub use cache_rights::{CacheRights, NamespaceRights, RoleGrant};
 pub use error::MigrateError;
 use tables::{Choice, TablePlan};
 
@@ -25,6 +28,8 @@ pub struct MigrateOptions {
     pub serve_role: String,
     pub publication_cache: String,
     pub publication_realtime: String,
+    /// What SQL obeys of the cache's settings.
+    pub cache: CacheRights,
 }
 
 impl Default for MigrateOptions {
@@ -35,6 +40,7 @@ impl Default for MigrateOptions {
             serve_role: "walcast".into(),
             publication_cache: CACHE.into(),
             publication_realtime: REALTIME.into(),
+            cache: CacheRights::default(),
         }
     }
 }
@@ -207,6 +213,11 @@ fn static_steps(options: &MigrateOptions) -> Vec<Step> {
     steps.push(Step {
         title: format!("rights of the role {} that `walcast serve` logs in as", options.serve_role),
         sql: serve_role::grants(&options.serve_role),
+        file: None,
+    });
+    steps.push(Step {
+        title: "the cache from SQL: limits, namespaces and who may use them, from the config".into(),
+        sql: cache_rights::sql(&options.cache, &options.publication_cache),
         file: None,
     });
     steps

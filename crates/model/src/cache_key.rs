@@ -6,6 +6,8 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
+use crate::pg_hash;
+
 /// One text and its hash, so that a clone is one counter and a look-up hashes nothing.
 #[derive(Debug, Clone)]
 pub struct CacheKey {
@@ -70,12 +72,10 @@ impl CacheKey {
     }
 
     /// 16 bytes that name the key in the L2 table; the full key is kept beside them for the check.
+    /// In SQL: `walcast.cache_hash(namespace, key)`.
     pub fn digest(&self) -> [u8; 16] {
-        let mut text = Vec::with_capacity(self.text.len());
-        text.extend_from_slice(self.namespace().as_bytes());
-        text.push(0);
-        text.extend_from_slice(self.key().as_bytes());
-        xxhash_rust::xxh3::xxh3_128(&text).to_be_bytes()
+        let [high, low] = [1, 2].map(|seed| u128::from(pg_hash::hash(self.text.as_bytes(), seed)));
+        (high << 64 | low).to_be_bytes()
     }
 }
 

@@ -9,6 +9,7 @@ mod claims;
 mod commit;
 mod fence;
 mod lsn;
+mod pg_hash;
 mod position;
 mod snapshot;
 mod table;

@@ -13,9 +13,7 @@
 
 use std::{fmt, sync::Arc};
 
-use xxhash_rust::xxh3::xxh3_64;
-
-use crate::{CacheKey, TableName};
+use crate::{CacheKey, TableName, pg_hash};
 
 /// A tag's place in the clock. Stored hashes depend on [`TagHash::VERSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,7 +21,7 @@ pub struct TagHash(pub u64);
 
 impl TagHash {
     /// Part of every checkpoint: raise it when form, escaping or hash function change.
-    pub const VERSION: i32 = 1;
+    pub const VERSION: i32 = 2;
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -191,8 +189,9 @@ impl Tag {
         &self.0
     }
 
+    /// In SQL: `hashtextextended(tag collate "C", 0)`.
     pub fn hash(&self) -> TagHash {
-        TagHash(xxh3_64(self.0.as_bytes()))
+        TagHash(pg_hash::hash(self.0.as_bytes(), 0))
     }
 }
 

@@ -96,7 +96,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
             .hint("set WALCAST_JWT_SECRET, or WALCAST_JWT_SECRET_FILE, to the secret that signs your tokens".to_owned())
     })?;
     let connect = ConnectConfig::parse(url.expose()).map_err(|error| Failure::usage("bad_database_url", error.to_string()))?;
-    let (stream, cache) = (&settings.stream, &settings.cache);
+    let stream = &settings.stream;
     Ok(EngineConfig {
         connect,
         max_connections: settings.database.max_connections as usize,
@@ -116,31 +116,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         },
         realtime: RealtimeLimits { outbox_bytes: settings.realtime.outbox_bytes as usize },
         auth: AuthConfig { jwt_secret: secret.expose().to_owned(), allowed_roles: settings.auth.allowed_roles.clone() },
-        cache: CacheSettings {
-            l1_bytes: cache.l1_bytes as usize,
-            max_value_bytes: cache.max_value_bytes as usize,
-            default_ttl: cache.default_ttl,
-            strict: cache.strict,
-            max_staleness: cache.max_staleness,
-            l2: cache.l2,
-            deaf: match cache.deaf {
-                settings::Deaf::Stale => Deaf::Stale,
-                settings::Deaf::Compute => Deaf::Compute,
-            },
-            namespaces: cache
-                .namespaces
-                .iter()
-                .map(|(name, namespace)| {
-                    let settings = NamespaceSettings {
-                        ttl: namespace.ttl,
-                        external: namespace.source == NamespaceSource::External,
-                        serve_stale: namespace.serve_stale,
-                        roles: namespace.roles.clone(),
-                    };
-                    (name.clone(), settings)
-                })
-                .collect(),
-        },
+        cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),
     })
@@ -159,6 +135,36 @@ pub fn tag_rules(settings: &Settings) -> Vec<TagRuleConfig> {
         reads: rule.reads.iter().map(|table| TableName::parse(table)).collect(),
     };
     settings.tags.iter().map(rule).collect()
+}
+
+/// What the cache obeys; `migrate` writes a part of it into the database, for SQL.
+pub fn cache_settings(settings: &Settings) -> CacheSettings {
+    let cache = &settings.cache;
+    CacheSettings {
+        l1_bytes: cache.l1_bytes as usize,
+        max_value_bytes: cache.max_value_bytes as usize,
+        default_ttl: cache.default_ttl,
+        strict: cache.strict,
+        max_staleness: cache.max_staleness,
+        l2: cache.l2,
+        deaf: match cache.deaf {
+            settings::Deaf::Stale => Deaf::Stale,
+            settings::Deaf::Compute => Deaf::Compute,
+        },
+        namespaces: cache
+            .namespaces
+            .iter()
+            .map(|(name, namespace)| {
+                let settings = NamespaceSettings {
+                    ttl: namespace.ttl,
+                    external: namespace.source == NamespaceSource::External,
+                    serve_stale: namespace.serve_stale,
+                    roles: namespace.roles.clone(),
+                };
+                (name.clone(), settings)
+            })
+            .collect(),
+    }
 }
 
 fn engine_failure(error: &EngineError) -> Failure {

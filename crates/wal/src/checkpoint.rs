@@ -83,7 +83,8 @@ pub async fn attach(client: &mut Client, facts: &Attaching<'_>, clock: &TagClock
         (&floor, Type::INT8),
     ];
     transaction.query_typed(sql, params).await.map_err(PgError::when(WRITING))?;
-    write_sentinel(&transaction, &standing, clock, facts.rules).await?;
+    // What is settled is not known yet; nothing is claimed.
+    write_sentinel(&transaction, &standing, clock, facts.rules, Lsn::ZERO).await?;
     transaction.commit().await.map_err(PgError::when(WRITING))?;
     Ok(standing)
 }
@@ -150,13 +151,15 @@ fn decide(facts: &Attaching<'_>, clock: &TagClock, state: Option<&State>, sentin
 }
 
 /// Writes what changed since the last checkpoint; from then on `up_to` may be acknowledged.
-/// `up_to` must have been invalidated before the call.
+/// `up_to` must have been invalidated, and all up to `settled` been settled, before the call: a snapshot that sees the
+/// sentinel sees them too.
 pub async fn save(
     client: &mut Client,
     clock: &TagClock,
     standing: &Standing,
     rules: &str,
     up_to: Lsn,
+    settled: Lsn,
 ) -> Result<Standing, PgError> {
     let images = clock.changed_since(standing.covered);
     let transaction = client.transaction().await.map_err(PgError::when(WRITING))?;
@@ -173,7 +176,7 @@ pub async fn save(
         transaction.query_typed(sql, params).await.map_err(PgError::when(WRITING))?;
     }
     let covered = Standing { covered: up_to, ..standing.clone() };
-    write_sentinel(&transaction, &covered, clock, rules).await?;
+    write_sentinel(&transaction, &covered, clock, rules, settled).await?;
     transaction.commit().await.map_err(PgError::when(WRITING))?;
     Ok(covered)
 }
@@ -183,13 +186,15 @@ async fn write_sentinel(
     standing: &Standing,
     clock: &TagClock,
     rules: &str,
+    settled: Lsn,
 ) -> Result<(), PgError> {
+    let settled = settled.to_string();
     let (epoch, floor, covered) = (standing.epoch.to_string(), standing.floor.0 as i64, standing.covered.to_string());
     let (version, slots) = (TagHash::VERSION, clock.slot_count() as i32);
-    let sql = "insert into walcast.sentinel (epoch, floor, clock_lsn, hash_version, slots, rules_hash) \
-               values ($1, $2, $3::text::pg_lsn, $4, $5, $6) on conflict (\"only\") do update set epoch = excluded.epoch, \
+    let sql = "insert into walcast.sentinel (epoch, floor, clock_lsn, hash_version, slots, rules_hash, settled_lsn) \
+               values ($1, $2, $3::text::pg_lsn, $4, $5, $6, $7::text::pg_lsn) on conflict (\"only\") do update set epoch = excluded.epoch, \
                floor = excluded.floor, clock_lsn = excluded.clock_lsn, hash_version = excluded.hash_version, \
-               slots = excluded.slots, rules_hash = excluded.rules_hash, updated_at = now()";
+               slots = excluded.slots, rules_hash = excluded.rules_hash, settled_lsn = excluded.settled_lsn, updated_at = now()";
     let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[
         (&epoch, Type::TEXT),
         (&floor, Type::INT8),
@@ -197,6 +202,7 @@ async fn write_sentinel(
         (&version, Type::INT4),
         (&slots, Type::INT4),
         (&rules, Type::TEXT),
+        (&settled, Type::TEXT),
     ];
     transaction.query_typed(sql, params).await.map_err(PgError::when(WRITING))?;
     Ok(())

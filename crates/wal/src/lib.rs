@@ -16,4 +16,5 @@ pub use stream::{Heard, Identity, Session, Stream, StreamConfig, StreamError};
 pub const MIGRATIONS: &[(&str, &str)] = &[
     ("wal/0001_state", include_str!("../sql/0001_state.sql")),
     ("wal/0002_publications", include_str!("../sql/0002_publications.sql")),
+    ("wal/0003_settled", include_str!("../sql/0003_settled.sql")),
 ];

@@ -107,11 +107,14 @@ pub(super) async fn migrated(client: &Client) -> Result<Vec<Finding>, PgError> {
 /// Only after the migrations: looks at the tables that they made.
 pub(super) async fn own_schema(client: &Client) -> Result<Vec<Finding>, PgError> {
     const CHECK: &str = "walcast_schema";
-    let sql = "select c.relname::text, current_user::text from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-               where n.nspname = 'walcast' and c.relkind in ('r', 'p') and c.relname <> 'migrations' \
+    let own = migrate::own_tables();
+    let sql = format!(
+        "select c.relname::text, current_user::text from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+               where n.nspname = 'walcast' and c.relkind in ('r', 'p') and c.relname not in ({own}) \
                and not (has_table_privilege(c.oid, 'select') and has_table_privilege(c.oid, 'insert') \
-                 and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete')) order by 1";
-    let rows = client.query_typed(sql, &[]).await.map_err(PgError::when("reading our rights in schema walcast"))?;
+                 and has_table_privilege(c.oid, 'update') and has_table_privilege(c.oid, 'delete')) order by 1"
+    );
+    let rows = client.query_typed(&sql, &[]).await.map_err(PgError::when("reading our rights in schema walcast"))?;
     let Some(first) = rows.first() else {
         return Ok(vec![Finding::ok(CHECK, "our rights in schema walcast are complete")]);
     };

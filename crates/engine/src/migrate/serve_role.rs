@@ -33,7 +33,7 @@ begin
   end if;
   for target in
     select c.oid::regclass::text from pg_catalog.pg_class c
-    where c.relnamespace = 'walcast'::regnamespace and c.relkind in ('r', 'p') and c.relname <> 'migrations'
+    where c.relnamespace = 'walcast'::regnamespace and c.relkind in ('r', 'p') and c.relname not in ({own_tables})
       and not (has_table_privilege(serve, c.oid, 'select') and has_table_privilege(serve, c.oid, 'insert')
         and has_table_privilege(serve, c.oid, 'update') and has_table_privilege(serve, c.oid, 'delete'))
     order by 1
@@ -46,6 +46,7 @@ begin
 end
 $walcast$;
 "#,
-        role = quote_literal(role).trim_start()
+        role = quote_literal(role).trim_start(),
+        own_tables = super::own_tables(),
     )
 }

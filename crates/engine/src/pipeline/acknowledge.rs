@@ -107,10 +107,11 @@ impl Keeper {
         }
         // Read before the clock is: what was read has been invalidated, but for what cascades have still to raise.
         let covered = self.core.invalidated_whole();
+        let settled = self.core.progress.settled();
         let standing = self.core.standing.lock().clone();
         if let Some(standing) = standing {
             let rules = self.core.tag_rules.with_fingerprint(&self.core.fingerprint.lock());
-            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered).await?;
+            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered, settled).await?;
             let mut current = self.core.standing.lock();
             // Attached anew meanwhile: that standing is the newer one.
             if current.as_ref().is_some_and(|now| (now.epoch, now.floor) == (saved.epoch, saved.floor)) {

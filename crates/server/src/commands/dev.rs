@@ -137,7 +137,8 @@ async fn start(mut settings: Settings, home: &Home, say: &Progress) -> Result<De
     let (admin_url, port) = (postgres.url().to_owned(), postgres.port());
 
     say.step("migrating");
-    let options = MigrateOptions { serve_role: SERVE_ROLE.into(), ..MigrateOptions::default() };
+    let cache = (&running::cache_settings(&settings)).into();
+    let options = MigrateOptions { serve_role: SERVE_ROLE.into(), cache, ..MigrateOptions::default() };
     migrate(&admin_url, &options).await.map_err(|error| Failure::new("migrate", error.to_string()))?;
     let password = home.secret("serve_password")?;
     let people = clinic::load(&admin_url, SERVE_ROLE, &password, say).await?;

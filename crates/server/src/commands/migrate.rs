@@ -4,15 +4,17 @@ use std::{io::Write, process::ExitCode};
 
 use walcast_engine::migrate::{MigrateError, MigrateOptions, MigrateReport, migrate, print};
 
-use crate::{cli::MigrateArgs, failure::Failure, settings::Settings};
+use crate::{cli::MigrateArgs, failure::Failure, running, settings::Settings};
 
 pub async fn run(settings: Settings, args: MigrateArgs) -> Result<ExitCode, Failure> {
+    let cache = (&running::cache_settings(&settings)).into();
     let options = MigrateOptions {
         tables: args.tables,
         schemas: args.schemas,
         serve_role: args.serve_role,
         publication_cache: settings.database.publication_cache,
         publication_realtime: settings.database.publication_realtime,
+        cache,
     };
     let url = settings.database.url.as_ref().map(|url| url.expose());
     if args.print {
