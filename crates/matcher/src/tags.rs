@@ -3,11 +3,14 @@
 //! Where a value is not known (no old image of a column outside the key, TOAST, TRUNCATE), every row
 //! tag of that column falls by its companion `table:column=*`. Rather too much than too little.
 
-use std::collections::HashSet;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use walcast_model::{Cell, Change, Column, Commit, Item, Operation, Scope, Table, Tag, TagHash};
 
-/// Row tags above this are replaced by the companions of their columns: one bulk update costs a few stores.
+/// Row tags of a table above this are replaced by the companions of its columns: one bulk update costs a few stores.
 pub(crate) const ROW_TAGS: usize = 10_000;
 
 /// Without the tags of our own messages, which the caller reads.
@@ -16,11 +19,19 @@ pub fn tags(commit: &Commit) -> HashSet<TagHash> {
     match &commit.scope {
         Scope::TooLarge { tables, .. } => tables.iter().for_each(|table| whole_table(table, &mut found)),
         Scope::Whole(items) => {
+            // By table: a bulk update of one lets its own row tags go, and nobody else's.
+            let mut tables: HashMap<*const Table, Option<HashSet<TagHash>>> = HashMap::new();
             for (_, item) in items {
-                if let Item::Change(change) = item {
-                    if found.len() > ROW_TAGS { whole_table(&change.table, &mut found) } else { of_change(change, &mut found) }
+                let Item::Change(change) = item else { continue };
+                let rows = tables.entry(Arc::as_ptr(&change.table)).or_insert_with(|| Some(HashSet::new()));
+                let Some(tags) = rows else { continue };
+                of_change(change, tags);
+                if tags.len() > ROW_TAGS {
+                    *rows = None;
+                    whole_table(&change.table, &mut found);
                 }
             }
+            tables.into_values().flatten().for_each(|tags| found.extend(tags));
         }
     }
     found
@@ -77,8 +88,6 @@ pub fn of_table(table: &Table) -> HashSet<TagHash> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use walcast_model::{Lsn, ReplicaIdentity, Row, TableId, TableName, ValueKind};
 
     use super::*;
@@ -145,6 +154,22 @@ mod tests {
             Some(["1", "7", "80"]),
             &["vitals", "vitals:id=1", "vitals:patient_id=7", "vitals:patient_id=*"],
         );
+    }
+
+    #[test]
+    fn p7_a_bulk_update_raises_its_columns_and_leaves_other_tables_their_rows() {
+        let change = |table: &Arc<Table>, n: usize| {
+            let new = Row([n.to_string(), "7".into(), "80".into()].map(|text| cell(&text)).into());
+            (n as u32, Item::Change(Change { table: table.clone(), operation: Operation::Insert, new: Some(new), old: None }))
+        };
+        let other = Arc::new(Table { name: TableName::new("public", "other"), ..(*table()).clone() });
+        let bulk = table();
+        let items = (0..20_000).map(|n| change(&bulk, n)).chain([change(&other, 20_000)]).collect();
+        let scope = Scope::Whole(items);
+        let commit = Commit { lsn: Lsn(1), end_lsn: Lsn(2), xid: 3, committed_at_us: 0, scope, size_bytes: 0 };
+        let expected = ["vitals", "vitals:id=*", "vitals:patient_id=*", "vitals:value=*"];
+        let expected = expected.into_iter().chain(["other", "other:id=20000", "other:patient_id=7"]);
+        assert_eq!(tags(&commit), expected.map(|text| Tag::stored(text).hash()).collect());
     }
 
     #[test]
