@@ -10,14 +10,14 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use walcast_engine::{
     ConnectConfig, Engine, EngineError, EventMask,
-    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, NamespaceSettings, RealtimeLimits, StreamLimits, TagRuleConfig},
+    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, RealtimeLimits, StreamLimits, TagRuleConfig},
     model::TableName,
 };
 
 use crate::{
     failure::Failure,
     http::{self, App, DemoSession, Limits},
-    settings::{self, NamespaceSource, Settings, TagRuleSettings},
+    settings::{self, Settings, TagRuleSettings},
 };
 
 pub struct Running {
@@ -127,19 +127,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
                 settings::Deaf::Stale => Deaf::Stale,
                 settings::Deaf::Compute => Deaf::Compute,
             },
-            namespaces: cache
-                .namespaces
-                .iter()
-                .map(|(name, namespace)| {
-                    let settings = NamespaceSettings {
-                        ttl: namespace.ttl,
-                        external: namespace.source == NamespaceSource::External,
-                        serve_stale: namespace.serve_stale,
-                        roles: namespace.roles.clone(),
-                    };
-                    (name.clone(), settings)
-                })
-                .collect(),
+            namespaces: cache.namespaces.iter().map(|(name, settings)| (name.clone(), settings.clone())).collect(),
         },
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),
