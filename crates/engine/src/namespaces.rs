@@ -87,7 +87,8 @@ impl Grant {
 fn is(claim: &Value, value: &str) -> bool {
     match claim {
         Value::String(text) => text == value,
-        Value::Bool(_) | Value::Number(_) => claim.to_string() == value,
+        Value::Bool(flag) => value == if *flag { "true" } else { "false" },
+        Value::Number(number) => number.to_string() == value,
         Value::Null | Value::Array(_) | Value::Object(_) => false,
     }
 }

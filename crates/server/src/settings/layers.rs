@@ -28,6 +28,8 @@ pub struct Inputs {
     pub flags: Vec<(String, String)>,
     /// `--config`.
     pub config: Option<PathBuf>,
+    /// Name and text of a file that stands in where none is named and none is found.
+    pub instead: Option<(&'static str, &'static str)>,
 }
 
 #[derive(Debug)]
@@ -89,10 +91,13 @@ impl Layers {
             None => inputs.directory.join(FILE_NAME),
         };
         let shown = explicit.as_deref().unwrap_or(Path::new(FILE_NAME)).display().to_string();
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if explicit.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
-            Err(error) => {
+        let (shown, text) = match (std::fs::read_to_string(&path), &inputs.instead) {
+            (Ok(text), _) => (shown, text),
+            (Err(error), instead) if explicit.is_none() && error.kind() == std::io::ErrorKind::NotFound => match instead {
+                Some((name, text)) => ((*name).to_owned(), (*text).to_owned()),
+                None => return,
+            },
+            (Err(error), _) => {
                 let hint = Some(
                     "it is named by --config or WALCAST_CONFIG; without either, walcast.toml in the working directory is read",
                 );
