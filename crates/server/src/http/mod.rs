@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod health;
 pub mod identity;
+pub mod openapi;
 pub mod pages;
 pub mod query;
 pub mod realtime;
@@ -86,6 +87,7 @@ pub fn router(app: App) -> Router {
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::document))
         .route("/realtime/v1/websocket", get(realtime::upgrade))
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
@@ -108,7 +110,11 @@ pub fn router(app: App) -> Router {
             .route("/demo/session.json", get(pages::demo_session))
             .route("/demo/{*file}", get(pages::demo_file));
     }
-    router.fallback(pages::not_found).layer(axum::middleware::map_response(common_headers)).with_state(app)
+    router
+        .method_not_allowed_fallback(pages::method_not_allowed)
+        .fallback(pages::not_found)
+        .layer(axum::middleware::map_response(common_headers))
+        .with_state(app)
 }
 
 /// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
