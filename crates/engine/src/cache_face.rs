@@ -14,16 +14,7 @@ use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xi
 use walcast_pg::{ColumnFacts, PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 
-use crate::{Core, Engine, config::Deaf};
-
-/// How fresh a read asks to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Freshness {
-    Any,
-    AtLeast(Position),
-    /// Must contain this transaction.
-    Contains(u64),
-}
+use crate::{Core, Engine, config::Deaf, freshness::Freshness};
 
 /// From what a value that is put was made.
 #[derive(Debug, Clone, PartialEq, Eq)]

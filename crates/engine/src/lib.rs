@@ -7,6 +7,7 @@ pub mod cache_face;
 pub mod config;
 pub mod doctor;
 mod echoes;
+mod freshness;
 mod health;
 mod metrics;
 pub mod migrate;
@@ -41,8 +42,9 @@ use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
 
-pub use cache_face::{Freshness, InvalidateError, Invalidated, PutFailure, Written};
+pub use cache_face::{InvalidateError, Invalidated, PutFailure, Written};
 pub use config::EngineConfig;
+pub use freshness::{Freshness, FreshnessError};
 pub use health::{Health, Readiness};
 pub use namespaces::{NamespaceError, Right};
 pub use progress::StreamState;

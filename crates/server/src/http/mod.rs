@@ -27,7 +27,7 @@ use axum::{
     extract::DefaultBodyLimit,
     http::{HeaderName, HeaderValue, header},
     response::Response,
-    routing::{any, get, post},
+    routing::{MethodRouter, get, post},
     serve::ListenerExt,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -98,10 +98,10 @@ pub fn router(app: App) -> Router {
             // HEAD is answered by GET's handler, which axum calls for it.
             get(cache::get).put(cache::put).delete(cache::delete).layer(DefaultBodyLimit::max(body_limit)),
         )
-        .route("/rest/v1", any(pages::elsewhere))
-        .route("/rest/v1/{*rest}", any(pages::elsewhere))
-        .route("/auth/v1/{*rest}", any(pages::elsewhere))
-        .route("/storage/v1/{*rest}", any(pages::elsewhere))
+        .route("/rest/v1", elsewhere())
+        .route("/rest/v1/{*rest}", elsewhere())
+        .route("/auth/v1/{*rest}", elsewhere())
+        .route("/storage/v1/{*rest}", elsewhere())
         .layer(from_any_page());
     if app.demo.is_some() {
         // Without a word to other origins: the page's own keys are for the page.
@@ -115,6 +115,11 @@ pub fn router(app: App) -> Router {
         .fallback(pages::not_found)
         .layer(axum::middleware::map_response(common_headers))
         .with_state(app)
+}
+
+/// Supabase's other services: whatever a client of theirs may send.
+fn elsewhere() -> MethodRouter<App> {
+    get(pages::elsewhere).post(pages::elsewhere).put(pages::elsewhere).patch(pages::elsewhere).delete(pages::elsewhere)
 }
 
 /// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.

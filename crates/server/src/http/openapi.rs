@@ -31,8 +31,8 @@ mod tests {
 
     use super::*;
 
-    /// Methods that an `any` route is described with.
-    const ANY: [&str; 5] = ["delete", "get", "patch", "post", "put"];
+    /// What a route may be described with; `elsewhere()` is all of them.
+    const METHODS: [&str; 5] = ["delete", "get", "patch", "post", "put"];
 
     type Routes = BTreeMap<String, BTreeSet<String>>;
 
@@ -50,7 +50,7 @@ mod tests {
                 handlers.match_indices(&call).any(|(at, _)| !handlers[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_'))
             };
             let mut methods: BTreeSet<String> =
-                ANY.into_iter().filter(|method| said("any") || said(method)).map(str::to_owned).collect();
+                METHODS.into_iter().filter(|method| said("elsewhere") || said(method)).map(str::to_owned).collect();
             // HEAD is answered wherever GET is; it is described where it has a use of its own.
             if said("head") {
                 methods.insert("head".into());

@@ -41,14 +41,6 @@ pub async fn upgrade(
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
-    let upgrade = match upgrade {
-        Ok(upgrade) => upgrade,
-        Err(rejection) => {
-            let mut response = upstream_error(StatusCode::UPGRADE_REQUIRED, &rejection.body_text());
-            response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            return response;
-        }
-    };
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(&uri, "apikey")).unwrap_or_default();
     if let Err(error) = app.engine.verify(&key) {
@@ -57,6 +49,14 @@ pub async fn upgrade(
     let vsn = match Vsn::parse(query_parameter(&uri, "vsn").as_deref()) {
         Ok(vsn) => vsn,
         Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
+    };
+    let upgrade = match upgrade {
+        Ok(upgrade) => upgrade,
+        Err(rejection) => {
+            let mut response = upstream_error(StatusCode::UPGRADE_REQUIRED, &rejection.body_text());
+            response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            return response;
+        }
     };
     let Some(connection) = app.admit() else {
         return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");

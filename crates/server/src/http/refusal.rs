@@ -4,7 +4,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use walcast_engine::{NamespaceError, TokenError};
+use walcast_engine::{FreshnessError, NamespaceError, TokenError};
 use walcast_protocol::problem::Problem;
 
 #[derive(Debug)]
@@ -42,6 +42,12 @@ impl From<NamespaceError> for Refusal {
             NamespaceError::Key(_) => (StatusCode::BAD_REQUEST, "bad_key"),
         };
         Refusal::new(status, code, error.to_string()).hint(error.hint())
+    }
+}
+
+impl From<FreshnessError> for Refusal {
+    fn from(error: FreshnessError) -> Refusal {
+        Refusal::new(StatusCode::CONFLICT, error.code(), error.to_string()).hint(error.hint())
     }
 }
 

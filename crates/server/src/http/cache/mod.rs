@@ -93,7 +93,7 @@ pub async fn put(
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let written = match (text("walcast-ticket"), text("walcast-written")) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
-        (None, Some(xid)) => Written::By(xid.parse().map_err(|_| {
+        (None, Some(xid)) => Written::By(xid.parse().ok().filter(|xid| *xid > 0).ok_or_else(|| {
             Refusal::new(StatusCode::BAD_REQUEST, "bad_transaction_id", format!("`{xid}` is not a transaction id"))
                 .hint("send the result of pg_current_xact_id() of the transaction that wrote")
         })?),
