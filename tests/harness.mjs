@@ -18,7 +18,7 @@ const READY_WITHIN_MS = 180_000
 const ENDED_WITHIN_MS = 30_000
 
 /**
- * → { url, anonKey, token, databaseUrl, providerUserId, state, stop() }; `state` is null where we did not start it.
+ * → { url, anonKey, serviceKey, token, databaseUrl, providerUserId, state, stop() }; `state` is null where we did not start it.
  * `token` is provider 1's.
  */
 export async function runningWalcast() {
@@ -38,6 +38,7 @@ function given() {
   return {
     url: process.env.WALCAST_URL.replace(/\/$/, ''),
     anonKey: need('WALCAST_ANON_KEY'),
+    serviceKey: process.env.WALCAST_SERVICE_KEY,
     token,
     databaseUrl: need('WALCAST_DATABASE_URL_ADMIN'),
     providerUserId: subjectOf(token),
@@ -78,6 +79,7 @@ async function started() {
     return {
       url: state.url.replace(/\/$/, ''),
       anonKey: state.anon_key,
+      serviceKey: state.service_key,
       token: state.provider.token,
       databaseUrl: state.admin_database_url,
       providerUserId: state.provider.user_id,
@@ -146,6 +148,7 @@ async function runWith([command, ...given]) {
         ...process.env,
         WALCAST_URL: walcast.url,
         WALCAST_ANON_KEY: walcast.anonKey,
+        WALCAST_SERVICE_KEY: walcast.serviceKey,
         WALCAST_TOKEN: walcast.token,
         WALCAST_DATABASE_URL_ADMIN: walcast.databaseUrl,
       },

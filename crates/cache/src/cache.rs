@@ -145,7 +145,7 @@ pub enum PutError {
     TooLarge { bytes: usize, limit: usize },
     #[error("the value has {count} tags, at most {limit} are allowed; use a wider tag, such as the table's")]
     TooManyTags { count: usize, limit: usize },
-    #[error("a time to live of {0:?} is not between 1 second and 30 days")]
+    #[error("a time to live of {} s is not between 1 second and 30 days", .0.as_secs_f64())]
     Ttl(Duration),
     #[error("a content type is at most 255 printable ASCII characters, such as application/json")]
     ContentType,

@@ -1,4 +1,4 @@
-//! A read enters: who may use a namespace, how fresh it must be, tickets, puts, and invalidation by hand.
+//! A read enters: how fresh it must be, tickets, puts, and invalidation by hand.
 
 use std::{
     collections::HashMap,
@@ -10,20 +10,11 @@ use rand::Rng;
 use tokio_postgres::types::Type;
 use tokio_util::sync::CancellationToken;
 use walcast_cache::{AtLeast, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
-use walcast_model::{CacheKey, Claims, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
+use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
 use walcast_pg::{ColumnFacts, PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 
-use crate::{Core, Engine, config::Deaf};
-
-/// How fresh a read asks to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Freshness {
-    Any,
-    AtLeast(Position),
-    /// Must contain this transaction.
-    Contains(u64),
-}
+use crate::{Core, Engine, config::Deaf, freshness::Freshness};
 
 /// From what a value that is put was made.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,22 +70,6 @@ const WAIT_FOR_STREAM: Duration = Duration::from_secs(5);
 const INVALIDATE_TAGS: usize = 1_000;
 
 impl Engine {
-    /// `service_role`, and the roles that the namespace's config names.
-    pub fn may_use_namespace(&self, claims: &Claims, namespace: &str) -> bool {
-        // What queries keep was made under somebody's row security: nobody reads or writes it by key.
-        if namespace.starts_with(walcast_query::NAMESPACE_PREFIX) {
-            return false;
-        }
-        let settings = self.core.config.cache.namespaces.get(namespace);
-        claims.role() == "service_role"
-            || settings.is_some_and(|settings| settings.roles.iter().any(|role| role == claims.role()))
-    }
-
-    /// Every namespace, unless the config says strict.
-    pub fn knows_namespace(&self, namespace: &str) -> bool {
-        self.core.cache.namespace(namespace).is_some()
-    }
-
     pub async fn cache_get(&self, key: &CacheKey, freshness: Freshness) -> Lookup {
         let core = &self.core;
         let at_least = match core.at_least(freshness).await {
@@ -118,12 +93,14 @@ impl Engine {
     pub async fn cache_put(&self, key: &CacheKey, value: NewValue, written: Written) -> Result<Stored, PutFailure> {
         let core = &self.core;
         let namespace = core.cache.namespace(key.namespace());
-        let external = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?.external;
-        if let Some(tag) = value.tags.iter().find(|tag| tag.is_companion()) {
+        let namespace = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?;
+        let external = namespace.external;
+        let all_tags: Vec<Tag> = value.tags.iter().chain(&namespace.tags).cloned().collect();
+        if let Some(tag) = all_tags.iter().find(|tag| tag.is_companion()) {
             let why = "`*` stands for the values that a commit cannot tell; use the tag of a value, or the table's".to_owned();
             return Err(PutFailure::UntrackedTag(tag.clone(), why));
         }
-        let of_tables = if external { Vec::new() } else { core.check_tags(&value.tags).await? };
+        let of_tables = if external { Vec::new() } else { core.check_tags(&all_tags).await? };
         let fence = match written {
             Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
             Written::External if external => core.cache.external_fence(),

@@ -2,8 +2,11 @@
 
 use std::{collections::HashMap, path::PathBuf, time::Duration};
 
+use walcast_cache::NamespaceConfig;
 use walcast_model::TableName;
 use walcast_pg::ConnectConfig;
+
+pub use crate::namespaces::{Context, Grant, GrantError, Right};
 
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
@@ -74,14 +77,26 @@ pub enum Deaf {
     Compute,
 }
 
-#[derive(Debug, Clone)]
+/// One `[cache.namespaces.NAME]`: how its entries live, who may use it, and who sees whose.
+#[derive(Debug, Default, Clone, PartialEq)]
 pub struct NamespaceSettings {
-    pub ttl: Option<Duration>,
-    /// Values that do not come from this database: put without a ticket.
-    pub external: bool,
-    pub serve_stale: bool,
-    /// Who may use the namespace beside `service_role`.
-    pub roles: Vec<String>,
+    pub entries: NamespaceConfig,
+    /// None: one entry for all who may read it.
+    pub context: Option<Context>,
+    /// Beside `service_role`.
+    pub read: Vec<Grant>,
+    pub write: Vec<Grant>,
+    pub invalidate: Vec<Grant>,
+}
+
+impl NamespaceSettings {
+    pub fn grants(&self, right: Right) -> &[Grant] {
+        match right {
+            Right::Read => &self.read,
+            Right::Write => &self.write,
+            Right::Invalidate => &self.invalidate,
+        }
+    }
 }
 
 /// What a change of a table raises beside its own tags.

@@ -7,9 +7,11 @@ pub mod cache_face;
 pub mod config;
 pub mod doctor;
 mod echoes;
+mod freshness;
 mod health;
 mod metrics;
 pub mod migrate;
+pub mod namespaces;
 pub mod pipeline;
 mod progress;
 mod queries;
@@ -34,21 +36,25 @@ use rand::Rng;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use walcast_auth::Tokens;
-use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config, NamespaceConfig};
+use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config};
 use walcast_hub::ReplayRing;
 use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
 
-pub use cache_face::{Freshness, InvalidateError, Invalidated, PutFailure, Written};
+pub use cache_face::{InvalidateError, Invalidated, PutFailure, Written};
 pub use config::EngineConfig;
+pub use freshness::{Freshness, FreshnessError};
 pub use health::{Health, Readiness};
+pub use namespaces::{NamespaceError, Right};
 pub use progress::StreamState;
 pub use queries::{How, QueryAnswer, QueryFailure};
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
-pub use walcast_cache::{Entry, Lookup, MissReason, NewValue, PutError, Source, Stale, Stored, TicketError, Tier};
+pub use walcast_cache::{
+    Entry, Lookup, MissReason, NamespaceConfig, NewValue, Policy, PutError, Source, Stale, Stored, TicketError, Tier,
+};
 pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
 pub use walcast_matcher::EventMask;
 pub use walcast_model as model;
@@ -337,15 +343,7 @@ async fn acknowledge_bytes(client: &tokio_postgres::Client, configured: u64) -> 
 fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {
     // Named by files, not by the config: known also where the config is strict.
     let of_queries = queries.namespaces().map(|name| (name, NamespaceConfig::default()));
-    let namespaces = config.cache.namespaces.iter().map(|(name, settings)| {
-        let kept = NamespaceConfig {
-            ttl: settings.ttl,
-            external: settings.external,
-            serve_invalidated: settings.serve_stale,
-            ..NamespaceConfig::default()
-        };
-        (name.clone(), kept)
-    });
+    let namespaces = config.cache.namespaces.iter().map(|(name, settings)| (name.clone(), settings.entries.clone()));
     CacheConfig {
         l1_bytes: config.cache.l1_bytes as u64,
         max_value_bytes: config.cache.max_value_bytes,

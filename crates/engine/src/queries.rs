@@ -14,7 +14,7 @@ use walcast_model::{Claims, Fence, Position, TableName, Tag};
 use walcast_pg::Pool;
 use walcast_query::{Queries, QueryError, load_dir};
 
-use crate::{Core, Engine, EngineConfig, cache_face::Freshness, pipeline::acknowledge::rules_tag};
+use crate::{Core, Engine, EngineConfig, freshness::Freshness, pipeline::acknowledge::rules_tag};
 
 /// A commit that was asked for and is not visible in this time will not be waited for.
 const WAIT_FOR_FRESH: Duration = Duration::from_secs(5);

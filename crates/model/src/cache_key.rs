@@ -1,4 +1,7 @@
 //! Namespace and key of a cached value. Two keys are equal only if their full texts are.
+//!
+//! A key may stand in a **context** (role and claims of who asks): its full text is then what was asked for, a separator
+//! that nobody can ask for, and the context. So one context's entry is never another's, in any tier, flight or ticket.
 
 use std::{
     fmt,
@@ -14,6 +17,8 @@ pub struct CacheKey {
     /// `namespace/key`: a namespace holds no slash.
     text: Arc<str>,
     namespace_len: u8,
+    /// So many bytes at the end are not what was asked for but its context.
+    context_len: u8,
     hash: u64,
 }
 
@@ -28,9 +33,14 @@ pub enum CacheKeyError {
     Empty,
     #[error("a cache key has {0} characters; at most {max} are allowed", max = CacheKey::MAX_CHARS)]
     TooLong(usize),
-    #[error("a cache key holds a control character; percent-encode it")]
+    #[error("a cache key holds a character that cannot be printed; percent-encode it")]
     Control,
 }
+
+/// A control character: refused in what is asked for, so no key can be made to look like one in a context.
+const SEPARATOR: char = '\u{1f}';
+/// The separator and 32 hexadecimal digits.
+const CONTEXT_LEN: u8 = 33;
 
 impl CacheKey {
     pub const MAX_CHARS: usize = 512;
@@ -47,21 +57,45 @@ impl CacheKey {
         if chars > CacheKey::MAX_CHARS {
             return Err(CacheKeyError::TooLong(chars));
         }
-        if key.chars().any(char::is_control) {
+        if key.chars().any(|c| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}')) {
             return Err(CacheKeyError::Control);
         }
+        Ok(CacheKey::of(namespace, key, 0))
+    }
+
+    fn of(namespace: &str, key: &str, context_len: u8) -> CacheKey {
         let mut text = String::with_capacity(namespace.len() + 1 + key.len());
         text.push_str(namespace);
         text.push('/');
         text.push_str(key);
         let hash = HASHER.hash_one(text.as_bytes());
-        Ok(CacheKey { text: text.into(), namespace_len: namespace.len() as u8, hash })
+        CacheKey { text: text.into(), namespace_len: namespace.len() as u8, context_len, hash }
+    }
+
+    /// The full text of [`CacheKey::key`] as a tier kept it.
+    pub fn stored(namespace: &str, key: &str) -> Result<CacheKey, CacheKeyError> {
+        let (asked, context) = key.split_once(SEPARATOR).map_or((key, None), |(asked, context)| (asked, Some(context)));
+        let asked = CacheKey::new(namespace, asked)?;
+        match context {
+            None => Ok(asked),
+            Some(context) => {
+                let context = u128::from_str_radix(context, 16).map_err(|_| CacheKeyError::Control)?;
+                Ok(asked.in_context(context))
+            }
+        }
+    }
+
+    /// The same question, asked by those whom `context` names: a hash of their role and claims. It is of fixed length
+    /// and counts for nothing in [`CacheKey::MAX_CHARS`].
+    pub fn in_context(&self, context: u128) -> CacheKey {
+        CacheKey::of(self.namespace(), &format!("{}{SEPARATOR}{context:032x}", self.asked()), CONTEXT_LEN)
     }
 
     pub fn namespace(&self) -> &str {
         &self.text[..usize::from(self.namespace_len)]
     }
 
+    /// The full text, context included: what tells entries apart.
     pub fn key(&self) -> &str {
         &self.text[usize::from(self.namespace_len) + 1..]
     }
@@ -69,6 +103,12 @@ impl CacheKey {
     /// Made once, well mixed, of this process only.
     pub fn hash64(&self) -> u64 {
         self.hash
+    }
+
+    /// What the caller asked for: the same in every context.
+    pub fn asked(&self) -> &str {
+        let key = self.key();
+        &key[..key.len() - usize::from(self.context_len)]
     }
 
     /// 16 bytes that name the key in the L2 table; the full key is kept beside them for the check.
@@ -95,7 +135,7 @@ impl Hash for CacheKey {
 
 impl fmt::Display for CacheKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+        write!(f, "{}/{}", self.namespace(), self.asked())
     }
 }
 
@@ -124,5 +164,20 @@ mod tests {
         for (namespace, text) in [("patients", "summary/8"), ("patient", "summary/7"), ("patients", "s")] {
             assert_ne!(CacheKey::new(namespace, text).unwrap(), key);
         }
+    }
+
+    #[test]
+    fn p3_a_key_in_a_context_is_nobody_elses_and_cannot_be_asked_for() {
+        let asked = CacheKey::new("permission", "me").unwrap();
+        let (ann, bob) = (asked.in_context(1), asked.in_context(2));
+        assert!(ann != bob && ann != asked && ann.digest() != bob.digest() && ann.key() != bob.key());
+        assert_eq!((ann.asked(), ann.to_string().as_str()), ("me", "permission/me"));
+        assert_eq!(ann.in_context(2), bob, "a context replaces the one before");
+        assert_eq!(CacheKey::stored("permission", ann.key()), Ok(ann.clone()));
+        assert_eq!(CacheKey::stored("permission", "me"), Ok(asked));
+        assert_eq!(CacheKey::new("permission", ann.key()), Err(CacheKeyError::Control));
+        assert!(CacheKey::stored("permission", "me\u{1f}xyz").is_err());
+        let long = CacheKey::new("p", &"é".repeat(512)).unwrap().in_context(u128::MAX);
+        assert_eq!(CacheKey::stored("p", long.key()), Ok(long));
     }
 }

@@ -44,9 +44,7 @@ impl Claims {
             text.push_str(&Value::from(name.as_str()).to_string());
             text.push_str(&canonical(value));
         }
-        // Cryptographic: part of the claims may be the user's own words, and whoever finds a second text shares answers.
-        let digest = Sha256::digest(text.as_bytes());
-        let fingerprint = digest[..16].iter().fold(0_u128, |all, byte| all << 8 | u128::from(*byte));
+        let fingerprint = short_digest(&text);
         let json = Value::Object(map.clone()).to_string();
         Ok(Claims(Arc::new(Inner { role, json, map, expires_at, fingerprint })))
     }
@@ -63,6 +61,22 @@ impl Claims {
         self.0.map.get(name)
     }
 
+    /// A claim by its name or by the way to it, as in `app_metadata.tenant`. A name that holds dots itself comes first.
+    pub fn at(&self, path: &str) -> Option<&Value> {
+        at(&self.0.map, path)
+    }
+
+    /// Equal for all who have this role and agree in these claims; `at` finds each.
+    pub fn context(&self, paths: &[String]) -> u128 {
+        let mut text = Value::from(self.role()).to_string();
+        for path in paths {
+            text.push_str(&Value::from(path.as_str()).to_string());
+            // No JSON is empty: a claim that is not there is no null.
+            text.push_str(&self.at(path).map_or_else(String::new, canonical));
+        }
+        short_digest(&text)
+    }
+
     /// The whole claim set as PostgreSQL's `request.jwt.claims` takes it.
     pub fn json(&self) -> &str {
         &self.0.json
@@ -76,6 +90,20 @@ impl Claims {
     pub fn fingerprint(&self) -> u128 {
         self.0.fingerprint
     }
+}
+
+fn at<'a>(map: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+    if let Some(found) = map.get(path) {
+        return Some(found);
+    }
+    let (first, rest) = path.split_once('.')?;
+    at(map.get(first)?.as_object()?, rest)
+}
+
+/// Cryptographic: part of the claims may be the user's own words, and whoever finds a second text shares answers.
+fn short_digest(text: &str) -> u128 {
+    let digest = Sha256::digest(text.as_bytes());
+    digest[..16].iter().fold(0_u128, |all, byte| all << 8 | u128::from(*byte))
 }
 
 /// Object members sorted, so that the order in which a token lists them does not matter.
@@ -107,6 +135,31 @@ mod tests {
         assert_eq!(b.expires_at(), 99);
         let c = claims(r#"{"role":"authenticated","sub":"u2","exp":1,"app":{"a":1,"b":2}}"#).unwrap();
         assert_ne!(a.fingerprint(), c.fingerprint());
+    }
+
+    #[test]
+    fn claims_are_found_by_their_way_and_a_dotted_name_by_itself() {
+        let one = claims(r#"{"role":"r","exp":1,"app":{"tenant":7,"a.b":1},"https://x.org/level":"high"}"#).unwrap();
+        assert_eq!(one.at("app.tenant"), Some(&Value::from(7)));
+        assert_eq!(one.at("app.a.b"), Some(&Value::from(1)));
+        assert_eq!(one.at("https://x.org/level"), Some(&Value::from("high")));
+        assert_eq!((one.at("app.nothing"), one.at("role.x"), one.at("")), (None, None, None));
+    }
+
+    #[test]
+    fn p3_a_context_is_the_role_and_the_claims_that_matter() {
+        let of = |json: &str| claims(json).unwrap().context(&["app.tenant".into(), "level".into()]);
+        let base = of(r#"{"role":"r","exp":1,"sub":"a","app":{"tenant":"7"}}"#);
+        assert_eq!(base, of(r#"{"role":"r","exp":2,"sub":"b","app":{"tenant":"7","other":1}}"#));
+        for other in [
+            r#"{"role":"s","exp":1,"app":{"tenant":"7"}}"#,
+            r#"{"role":"r","exp":1,"app":{"tenant":7}}"#,
+            r#"{"role":"r","exp":1,"app":{"tenant":"7"},"level":null}"#,
+            r#"{"role":"r","exp":1,"app":{"tenant":"7"},"level":"\"level\""}"#,
+            r#"{"role":"r","exp":1}"#,
+        ] {
+            assert_ne!(base, of(other), "{other}");
+        }
     }
 
     #[test]

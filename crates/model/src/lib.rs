@@ -15,6 +15,7 @@ mod snapshot;
 mod table;
 mod tag;
 mod tag_clock;
+mod ttl;
 mod xid;
 
 pub use cache_key::{CacheKey, CacheKeyError};
@@ -27,4 +28,5 @@ pub use snapshot::{Snapshot, SnapshotError};
 pub use table::{Column, ReplicaIdentity, Table, TableId, TableName, ValueKind};
 pub use tag::{Tag, TagError, TagHash, TagPiece};
 pub use tag_clock::{SlotImage, Stamp, TagClock};
+pub use ttl::{NAMED_TTLS, named_ttl};
 pub use xid::Xid;

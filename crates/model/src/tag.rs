@@ -105,8 +105,9 @@ impl Tag {
         Tag(format!("~ns:{namespace}").into())
     }
 
+    /// Of what was asked for, so that it drops the entry in every context.
     pub fn key(key: &CacheKey) -> Tag {
-        Tag(format!("~key:{}:{}", key.namespace(), key.key()).into())
+        Tag(format!("~key:{}:{}", key.namespace(), key.asked()).into())
     }
 
     pub fn everything() -> Tag {
@@ -259,6 +260,13 @@ mod tests {
         assert_eq!(Tag::row(&patients, "id", "7").unwrap().companion().unwrap(), Tag::any_row(&patients, "id"));
         assert_eq!(Tag::table(&patients).companion(), None);
         assert_eq!(Tag::row(&patients, "name", &"x".repeat(65)), None);
+    }
+
+    #[test]
+    fn one_keys_tag_is_that_of_its_every_context() {
+        let key = CacheKey::new("permission", "me").unwrap();
+        assert_eq!(Tag::key(&key), Tag::key(&key.in_context(7)));
+        assert_ne!(Tag::key(&key), Tag::key(&CacheKey::new("permission", "you").unwrap()));
     }
 
     #[test]

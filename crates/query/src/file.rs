@@ -9,7 +9,7 @@ use sqlparser::{
     dialect::PostgreSqlDialect,
     parser::Parser,
 };
-use walcast_model::TableName;
+use walcast_model::{TableName, named_ttl};
 
 use crate::lex::{Token, lex};
 
@@ -262,28 +262,23 @@ fn is_type(text: &str) -> bool {
 }
 
 fn duration(line: usize, text: &str) -> Result<Duration, Wrong> {
-    let seconds = match text {
-        "short" => Some(30),
-        "medium" => Some(300),
-        "long" => Some(3600),
-        "very_long" => Some(86400),
-        _ => {
-            let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-            let unit = match &text[digits.len()..] {
-                "s" => Some(1),
-                "m" => Some(60),
-                "h" => Some(3600),
-                "d" => Some(86400),
-                _ => None,
-            };
-            unit.and_then(|unit: u64| digits.parse::<u64>().ok()?.checked_mul(unit))
-        }
+    let written = || {
+        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit: u64 = match &text[digits.len()..] {
+            "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 86400,
+            _ => return None,
+        };
+        digits.parse::<u64>().ok()?.checked_mul(unit)
     };
+    let seconds = named_ttl(text).map(|ttl| ttl.as_secs()).or_else(written);
     match seconds {
-        Some(seconds) if (1..=366 * 86400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
+        Some(seconds) if (1..=30 * 86400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
         _ => Err((
             line,
-            format!("`{text}` is not a duration"),
+            format!("`{text}` is not a duration from 1s to 30d"),
             "write 30s, 5m, 1h, 1d, or short, medium, long, very_long (30 s, 5 min, 1 h, 24 h)".into(),
         )),
     }

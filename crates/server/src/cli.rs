@@ -249,7 +249,11 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
     if let Command::Supervise = cli.command {
         return Ok(walcast_cluster::supervise());
     }
-    let Loaded { mut settings, effective } = load(&inputs(cli.settings)?)?;
+    let mut inputs = inputs(cli.settings)?;
+    if matches!(cli.command, Command::Dev(_)) {
+        inputs.instead = Some((commands::dev::SETTINGS_NAME, commands::dev::SETTINGS_TEXT));
+    }
+    let Loaded { mut settings, effective } = load(&inputs)?;
     // The banner of `dev` is for reading: only trouble speaks after it, unless a level was asked for.
     if matches!(cli.command, Command::Dev(_)) && effective.iter().any(|line| line.key == "log.level" && line.origin == "default")
     {
@@ -276,7 +280,7 @@ fn inputs(flags: SettingFlags) -> Result<Inputs, Failure> {
     let env = std::env::vars_os()
         .map(|(name, text)| (name.to_string_lossy().into_owned(), text.to_string_lossy().into_owned()))
         .collect();
-    Ok(Inputs { directory, env, flags: flags.given, config: flags.config })
+    Ok(Inputs { directory, env, flags: flags.given, config: flags.config, instead: None })
 }
 
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {

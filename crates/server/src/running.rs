@@ -10,14 +10,14 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use walcast_engine::{
     ConnectConfig, Engine, EngineError, EventMask,
-    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, NamespaceSettings, RealtimeLimits, StreamLimits, TagRuleConfig},
+    config::{AuthConfig, CacheSettings, Deaf, EngineConfig, RealtimeLimits, StreamLimits, TagRuleConfig},
     model::TableName,
 };
 
 use crate::{
     failure::Failure,
     http::{self, App, DemoSession, Limits},
-    settings::{self, NamespaceSource, Settings, TagRuleSettings},
+    settings::{self, Settings, TagRuleSettings},
 };
 
 pub struct Running {
@@ -151,19 +151,7 @@ pub fn cache_settings(settings: &Settings) -> CacheSettings {
             settings::Deaf::Stale => Deaf::Stale,
             settings::Deaf::Compute => Deaf::Compute,
         },
-        namespaces: cache
-            .namespaces
-            .iter()
-            .map(|(name, namespace)| {
-                let settings = NamespaceSettings {
-                    ttl: namespace.ttl,
-                    external: namespace.source == NamespaceSource::External,
-                    serve_stale: namespace.serve_stale,
-                    roles: namespace.roles.clone(),
-                };
-                (name.clone(), settings)
-            })
-            .collect(),
+        namespaces: cache.namespaces.iter().map(|(name, settings)| (name.clone(), settings.clone())).collect(),
     }
 }
 

@@ -303,7 +303,7 @@ async fn supabases_other_services_and_unknown_paths_say_where_to_go() -> Result<
     let http = Client::new();
     for path in ["/rest/v1", "/rest/v1/notes?select=*", "/auth/v1/token", "/storage/v1/object/x"] {
         for method in [Method::GET, Method::POST] {
-            let problem = refused(path, http.request(method, format!("{}{path}", server.url)), 501, "not_served_here").await?;
+            let problem = refused(path, http.request(method, format!("{}{path}", server.url)), 404, "not_served_here").await?;
             assert!(problem["hint"].as_str().unwrap_or_default().contains("Supabase"), "{problem}");
         }
     }

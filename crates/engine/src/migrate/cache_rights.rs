@@ -1,12 +1,15 @@
 //! What SQL must know of the cache's settings: limits, namespaces, and who may use which. Written from the config at each
 //! `migrate`, so that the database says what the config says; only rows for namespace `*` are the administrator's own.
 
-use std::{fmt::Write, time::Duration};
+use std::{collections::BTreeSet, fmt::Write, time::Duration};
 
 use walcast_cache::{SQL_FACE, SQL_SETTINGS};
 use walcast_pg::quote_literal;
 
-use crate::config::CacheSettings;
+use crate::{
+    config::{CacheSettings, NamespaceSettings},
+    namespaces::{Grant, Right},
+};
 
 /// The part of the cache's settings that SQL obeys.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,17 +57,13 @@ impl Default for CacheRights {
 
 impl From<&CacheSettings> for CacheRights {
     fn from(cache: &CacheSettings) -> CacheRights {
-        let namespace = |(name, settings): (&String, &crate::config::NamespaceSettings)| NamespaceRights {
+        let namespace = |(name, settings): (&String, &NamespaceSettings)| NamespaceRights {
             name: name.clone(),
-            ttl: settings.ttl,
-            tags: Vec::new(),
-            external: settings.external,
-            per_context: false,
-            grants: settings
-                .roles
-                .iter()
-                .map(|role| RoleGrant { role: role.clone(), read: true, write: true, invalidate: true })
-                .collect(),
+            ttl: settings.entries.ttl,
+            tags: settings.entries.tags.iter().map(|tag| tag.as_str().to_owned()).collect(),
+            external: settings.entries.external,
+            per_context: settings.context.is_some(),
+            grants: role_grants(settings),
         };
         CacheRights {
             max_staleness: cache.max_staleness,
@@ -74,6 +73,22 @@ impl From<&CacheSettings> for CacheRights {
             namespaces: cache.namespaces.iter().map(namespace).collect(),
         }
     }
+}
+
+fn role_grants(settings: &NamespaceSettings) -> Vec<RoleGrant> {
+    let holds = |right: Right, name: &str| settings.grants(right).contains(&Grant::Role(name.to_owned()));
+    let roles = Right::ALL.iter().flat_map(|right| settings.grants(*right)).filter_map(|grant| match grant {
+        Grant::Role(role) => Some(role),
+        Grant::Claim { .. } => None,
+    });
+    let roles: BTreeSet<&String> = roles.collect();
+    let grant = |role: &String| RoleGrant {
+        role: role.clone(),
+        read: holds(Right::Read, role),
+        write: holds(Right::Write, role),
+        invalidate: holds(Right::Invalidate, role),
+    };
+    roles.into_iter().map(grant).collect()
 }
 
 /// One block; running it again changes nothing.

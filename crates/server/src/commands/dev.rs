@@ -30,6 +30,7 @@ use crate::{
     settings::{Secret, Settings},
 };
 use banner::{Banner, Progress};
+pub use clinic::{SETTINGS_NAME, SETTINGS_TEXT};
 use home::Home;
 
 /// Long enough that a demo left open over a holiday still works.

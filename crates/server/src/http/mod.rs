@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod health;
 pub mod identity;
+pub mod openapi;
 pub mod pages;
 pub mod query;
 pub mod realtime;
@@ -26,7 +27,7 @@ use axum::{
     extract::DefaultBodyLimit,
     http::{HeaderName, HeaderValue, header},
     response::Response,
-    routing::{any, get, post},
+    routing::{MethodRouter, get, post},
     serve::ListenerExt,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -86,6 +87,7 @@ pub fn router(app: App) -> Router {
         .route("/healthz", get(health::alive))
         .route("/readyz", get(health::ready))
         .route("/metrics", get(health::metrics))
+        .route("/openapi.json", get(openapi::document))
         .route("/realtime/v1/websocket", get(realtime::upgrade))
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
@@ -96,10 +98,10 @@ pub fn router(app: App) -> Router {
             // HEAD is answered by GET's handler, which axum calls for it.
             get(cache::get).put(cache::put).delete(cache::delete).layer(DefaultBodyLimit::max(body_limit)),
         )
-        .route("/rest/v1", any(pages::elsewhere))
-        .route("/rest/v1/{*rest}", any(pages::elsewhere))
-        .route("/auth/v1/{*rest}", any(pages::elsewhere))
-        .route("/storage/v1/{*rest}", any(pages::elsewhere))
+        .route("/rest/v1", elsewhere())
+        .route("/rest/v1/{*rest}", elsewhere())
+        .route("/auth/v1/{*rest}", elsewhere())
+        .route("/storage/v1/{*rest}", elsewhere())
         .layer(from_any_page());
     if app.demo.is_some() {
         // Without a word to other origins: the page's own keys are for the page.
@@ -108,7 +110,16 @@ pub fn router(app: App) -> Router {
             .route("/demo/session.json", get(pages::demo_session))
             .route("/demo/{*file}", get(pages::demo_file));
     }
-    router.fallback(pages::not_found).layer(axum::middleware::map_response(common_headers)).with_state(app)
+    router
+        .method_not_allowed_fallback(pages::method_not_allowed)
+        .fallback(pages::not_found)
+        .layer(axum::middleware::map_response(common_headers))
+        .with_state(app)
+}
+
+/// Supabase's other services: whatever a client of theirs may send.
+fn elsewhere() -> MethodRouter<App> {
+    get(pages::elsewhere).post(pages::elsewhere).put(pages::elsewhere).patch(pages::elsewhere).delete(pages::elsewhere)
 }
 
 /// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.

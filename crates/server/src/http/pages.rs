@@ -3,7 +3,7 @@
 use axum::{
     Json,
     extract::{Path, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     response::{Html, IntoResponse, Response},
 };
 use rust_embed::RustEmbed;
@@ -33,7 +33,8 @@ pub async fn index(State(app): State<App>) -> Html<String> {
          <li><code>/sse/v1/changes?table=…</code>: row changes as server-sent events</li>\
          <li><code>/query/v1/{{name}}</code>: named queries, cached until a row behind them changes</li>\
          <li><code>/cache/v1/{{namespace}}/{{key}}</code>: the cache</li>\
-         <li><a href=\"/readyz\">/readyz</a>, <a href=\"/healthz\">/healthz</a>, <a href=\"/metrics\">/metrics</a></li>\
+         <li><a href=\"/readyz\">/readyz</a>, <a href=\"/healthz\">/healthz</a>, <a href=\"/metrics\">/metrics</a>, \
+         <a href=\"/openapi.json\">/openapi.json</a></li>\
          </ul></body></html>"
     ))
 }
@@ -90,11 +91,18 @@ fn file(name: &str) -> Response {
 /// Supabase's other services live where they lived.
 pub async fn elsewhere(uri: Uri) -> Refusal {
     let service = uri.path().trim_start_matches('/').split('/').next().unwrap_or_default().to_owned();
-    Refusal::new(StatusCode::NOT_IMPLEMENTED, "not_served_here", format!("Walcast does not serve /{service}/v1"))
+    Refusal::new(StatusCode::NOT_FOUND, "not_served_here", format!("Walcast does not serve /{service}/v1"))
         .hint("use Supabase's own project URL for this client, and Walcast's only for realtime")
 }
 
 pub async fn not_found(uri: Uri) -> Refusal {
     let path: String = uri.path().chars().take(80).collect();
     Refusal::new(StatusCode::NOT_FOUND, "no_such_path", format!("there is nothing at {path}")).hint("/ lists the addresses")
+}
+
+/// The header `Allow` is added by the router.
+pub async fn method_not_allowed(method: Method, uri: Uri) -> Refusal {
+    let path: String = uri.path().chars().take(80).collect();
+    Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", format!("{path} does not take {method}"))
+        .hint("the header Allow names the methods that it takes; /openapi.json describes them")
 }

@@ -67,6 +67,7 @@ async fn answer(
     headers: &HeaderMap,
 ) -> Result<Response, Refusal> {
     let freshness = freshness(headers)?;
+    app.engine.can_come(freshness).await?;
     let answer = app.engine.query(name, claims, &params, freshness).await.map_err(refused)?;
     let status = match &answer.how {
         How::Hit(tier) => format!("walcast; hit; ttl={}; detail={tier}", answer.ttl.as_secs()),

@@ -10,9 +10,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use axum::{
     extract::{
         State,
-        ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade},
+        ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection},
     },
-    http::{HeaderMap, StatusCode, Uri, header},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -35,7 +35,12 @@ const IDLE: Duration = Duration::from_secs(60);
 /// A write that takes longer meets a client that does not read.
 const WRITE: Duration = Duration::from_secs(20);
 
-pub async fn upgrade(State(app): State<App>, uri: Uri, headers: HeaderMap, upgrade: WebSocketUpgrade) -> Response {
+pub async fn upgrade(
+    State(app): State<App>,
+    uri: Uri,
+    headers: HeaderMap,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Response {
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(&uri, "apikey")).unwrap_or_default();
     if let Err(error) = app.engine.verify(&key) {
@@ -44,6 +49,14 @@ pub async fn upgrade(State(app): State<App>, uri: Uri, headers: HeaderMap, upgra
     let vsn = match Vsn::parse(query_parameter(&uri, "vsn").as_deref()) {
         Ok(vsn) => vsn,
         Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
+    };
+    let upgrade = match upgrade {
+        Ok(upgrade) => upgrade,
+        Err(rejection) => {
+            let mut response = upstream_error(StatusCode::UPGRADE_REQUIRED, &rejection.body_text());
+            response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            return response;
+        }
     };
     let Some(connection) = app.admit() else {
         return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");

@@ -4,7 +4,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use walcast_engine::TokenError;
+use walcast_engine::{FreshnessError, NamespaceError, TokenError};
 use walcast_protocol::problem::Problem;
 
 #[derive(Debug)]
@@ -31,6 +31,23 @@ impl From<TokenError> for Refusal {
         };
         let status = if matches!(error, TokenError::Role(_)) { StatusCode::FORBIDDEN } else { StatusCode::UNAUTHORIZED };
         Refusal::new(status, error.code(), error.to_string()).hint(hint)
+    }
+}
+
+impl From<NamespaceError> for Refusal {
+    fn from(error: NamespaceError) -> Refusal {
+        let (status, code) = match &error {
+            NamespaceError::Unknown(_) => (StatusCode::NOT_FOUND, "unknown_namespace"),
+            NamespaceError::NotAllowed { .. } | NamespaceError::OfQueries(_) => (StatusCode::FORBIDDEN, "role_not_allowed"),
+            NamespaceError::Key(_) => (StatusCode::BAD_REQUEST, "bad_key"),
+        };
+        Refusal::new(status, code, error.to_string()).hint(error.hint())
+    }
+}
+
+impl From<FreshnessError> for Refusal {
+    fn from(error: FreshnessError) -> Refusal {
+        Refusal::new(StatusCode::CONFLICT, error.code(), error.to_string()).hint(error.hint())
     }
 }
 

@@ -111,6 +111,7 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
     let mut asked = Asked { event: "*".into(), schema: None, table: None, filter: None, client_id: 1 };
     for (name, value) in query_pairs(uri) {
         match name.as_str() {
+            "table" | "schema" if value.is_empty() => return Err(no_table()),
             "table" => match value.split_once('.') {
                 Some((schema, table)) => (asked.schema, asked.table) = (Some(schema.to_owned()), Some(table.to_owned())),
                 None => asked.table = Some(value),
@@ -130,10 +131,14 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
         }
     }
     if asked.table.is_none() && asked.schema.is_none() {
-        return Err(Refusal::new(StatusCode::BAD_REQUEST, "no_table", "name a table to listen to")
-            .hint("for example /sse/v1/changes?table=patients&filter=id=eq.7"));
+        return Err(no_table());
     }
     Ok(asked)
+}
+
+fn no_table() -> Refusal {
+    Refusal::new(StatusCode::BAD_REQUEST, "no_table", "name a table to listen to")
+        .hint("for example /sse/v1/changes?table=patients&filter=id=eq.7")
 }
 
 fn event(value: String) -> Result<String, Refusal> {

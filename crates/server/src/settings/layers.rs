@@ -5,12 +5,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use walcast_engine::config::NamespaceSettings;
+
 use super::{
-    NamespaceSettings, Settings, SettingsErrors, TagRuleSettings,
+    Settings, SettingsErrors, TagRuleSettings,
     error::{Origin, SettingsError, nearest},
     file,
+    namespace::{Given, check_shares},
     resolved::Resolved,
-    table::{FALLBACK_ENV, FIXED_ENV, NAMESPACE, PROCESS_ENV, SETTINGS, Setting},
+    table::{FALLBACK_ENV, FIXED_ENV, PROCESS_ENV, SETTINGS, Setting},
     tag_rule,
     value::{Raw, Value},
 };
@@ -25,6 +28,8 @@ pub struct Inputs {
     pub flags: Vec<(String, String)>,
     /// `--config`.
     pub config: Option<PathBuf>,
+    /// Name and text of a file that stands in where none is named and none is found.
+    pub instead: Option<(&'static str, &'static str)>,
 }
 
 #[derive(Debug)]
@@ -48,7 +53,7 @@ const FILE_SUFFIX: &str = "_FILE";
 #[derive(Default)]
 struct Layers {
     values: HashMap<&'static str, (Raw, Value, Origin)>,
-    namespaces: BTreeMap<String, Resolved>,
+    namespaces: BTreeMap<String, Given>,
     tags: Vec<TagRuleSettings>,
     errors: Vec<SettingsError>,
 }
@@ -86,10 +91,13 @@ impl Layers {
             None => inputs.directory.join(FILE_NAME),
         };
         let shown = explicit.as_deref().unwrap_or(Path::new(FILE_NAME)).display().to_string();
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if explicit.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
-            Err(error) => {
+        let (shown, text) = match (std::fs::read_to_string(&path), &inputs.instead) {
+            (Ok(text), _) => (shown, text),
+            (Err(error), instead) if explicit.is_none() && error.kind() == std::io::ErrorKind::NotFound => match instead {
+                Some((name, text)) => ((*name).to_owned(), (*text).to_owned()),
+                None => return,
+            },
+            (Err(error), _) => {
                 let hint = Some(
                     "it is named by --config or WALCAST_CONFIG; without either, walcast.toml in the working directory is read",
                 );
@@ -132,20 +140,21 @@ impl Layers {
             });
             return;
         }
-        let resolved = self.namespaces.entry(name.clone()).or_default();
+        // The folder of queries names these, and each file says how its answers live.
+        if name.starts_with("query.") {
+            self.errors.push(SettingsError {
+                code: "wrong_setting",
+                message: format!("{}: namespace `{name}` belongs to a query", found.origin),
+                hint: Some("say `-- ttl: 5m` in the query's file".into()),
+            });
+            return;
+        }
+        let given = self.namespaces.entry(name.clone()).or_default();
         if found.key.is_empty() {
             return;
         }
-        let key = format!("cache.namespaces.{name}.{}", found.key);
-        match NAMESPACE.iter().find(|setting| setting.key == found.key) {
-            None => {
-                let near = nearest(&found.key, NAMESPACE.iter().map(|setting| setting.key));
-                self.errors.push(SettingsError::unknown(&key, &found.origin, near));
-            }
-            Some(setting) => match setting.kind.parse(&found.raw) {
-                Some(value) => drop(resolved.0.insert(setting.key, value)),
-                None => self.errors.push(SettingsError::wrong(&key, setting, &found.raw, &found.origin)),
-            },
+        if let Err(error) = given.take(&name, &found.key, found.raw, &found.origin) {
+            self.errors.push(error);
         }
     }
 
@@ -202,7 +211,8 @@ impl Layers {
         }
     }
 
-    fn finish(self) -> Result<Loaded, SettingsErrors> {
+    fn finish(mut self) -> Result<Loaded, SettingsErrors> {
+        let namespaces = self.namespaces();
         if !self.errors.is_empty() {
             return Err(SettingsErrors(self.errors));
         }
@@ -217,19 +227,32 @@ impl Layers {
             })
             .collect();
         let mut resolved = Resolved(self.values.into_iter().map(|(key, (_, value, _))| (key, value)).collect());
-        let namespaces = self.namespaces.into_iter().map(|(name, resolved)| (name, namespace(resolved))).collect();
         let settings = Settings { tags: self.tags, ..Settings::from_resolved(&mut resolved, namespaces) };
         Ok(Loaded { settings, effective })
     }
-}
 
-fn namespace(mut resolved: Resolved) -> NamespaceSettings {
-    for setting in NAMESPACE.iter().filter(|setting| !setting.default.is_empty()) {
-        if let Some(value) = setting.kind.parse(&Raw::Text(setting.default.to_owned())) {
-            resolved.0.entry(setting.key).or_insert(value);
+    fn namespaces(&mut self) -> BTreeMap<String, NamespaceSettings> {
+        let number = |key| match self.values.get(key) {
+            Some((_, Value::Number(number), _)) => *number,
+            // Wrong, and told already.
+            _ => 0,
+        };
+        let (l1_bytes, max_value_bytes) = (number("cache.l1_bytes"), number("cache.max_value_bytes"));
+        let mut shares = Vec::new();
+        let mut namespaces = BTreeMap::new();
+        for (name, given) in std::mem::take(&mut self.namespaces) {
+            let origin = given.origin("share");
+            let settings = given.settings(&name, l1_bytes, &mut self.errors);
+            if let Some(bytes) = settings.entries.l1_bytes {
+                shares.push((name.clone(), bytes, origin));
+            }
+            namespaces.insert(name, settings);
         }
+        if l1_bytes > 0 {
+            self.errors.extend(check_shares(&shares, l1_bytes, max_value_bytes));
+        }
+        namespaces
     }
-    NamespaceSettings::from_resolved(&mut resolved)
 }
 
 fn is_process_variable(name: &str) -> bool {

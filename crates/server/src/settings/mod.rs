@@ -6,6 +6,7 @@
 mod error;
 mod file;
 mod layers;
+mod namespace;
 mod reference;
 mod resolved;
 mod secret;
@@ -23,6 +24,7 @@ pub use tag_rule::TagRuleSettings;
 pub use value::parse_time as parse_duration;
 
 use resolved::Resolved;
+use walcast_engine::config::NamespaceSettings;
 
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -80,24 +82,6 @@ pub enum Deaf {
     Stale,
     /// What the source says now.
     Compute,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NamespaceSettings {
-    /// None: `cache.default_ttl`.
-    pub ttl: Option<Duration>,
-    pub source: NamespaceSource,
-    /// Empty: `service_role` alone.
-    pub roles: Vec<String>,
-    pub serve_stale: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NamespaceSource {
-    /// Values come from this database: storing one takes a ticket.
-    Database,
-    /// Values come from elsewhere: TTL and tags only.
-    External,
 }
 
 #[derive(Debug, Clone)]
@@ -185,17 +169,6 @@ impl Settings {
                 level: from.text("log.level"),
             },
             tags: Vec::new(),
-        }
-    }
-}
-
-impl NamespaceSettings {
-    fn from_resolved(from: &mut Resolved) -> NamespaceSettings {
-        NamespaceSettings {
-            ttl: from.optional_time("ttl"),
-            source: if from.text("source") == "external" { NamespaceSource::External } else { NamespaceSource::Database },
-            roles: from.list("roles"),
-            serve_stale: from.flag("serve_stale"),
         }
     }
 }

@@ -16,6 +16,7 @@ pub fn reference() -> String {
          * Flags are the key with `-` for `_`: `--cache.l1-bytes 256MiB`. Yes-or-no flags take `=`: `--cache.l2=false`.\n\
          * Secrets can be read from a file: `WALCAST_JWT_SECRET_FILE=/run/secrets/jwt`. One newline at its end is left out.\n\
          * Sizes are `64MiB`, `1GB` or a plain number of bytes; durations are `250ms`, `60s`, `5m`, `1h`, `1d`; lists in the environment are separated by commas.\n\
+         * A TTL is a duration from `1s` to `30d`, or `short` (30 s), `medium` (5 min), `long` (1 h), `very_long` (24 h).\n\
          * An empty variable counts as not set. An unknown key, variable or flag is an error.\n\n\
          `walcast config` shows what is in force and where each value comes from.\n",
     );
@@ -58,8 +59,8 @@ pub fn reference() -> String {
     }
     page.push_str(
         "\n## An example\n\n```toml\n[server]\nlisten = \"0.0.0.0:4000\"\n\n[cache]\nl1_bytes = \"256MiB\"\n\n\
-         [cache.namespaces.patients]\nttl = \"10m\"\nroles = [\"authenticated\"]\n\n\
-         [cache.namespaces.sessions]\nsource = \"external\"\nttl = \"1h\"\n\n\
+         [cache.namespaces.patients]\nttl = \"10m\"\nread = [\"authenticated\"]\n\n\
+         [cache.namespaces.sessions]\nsource = \"external\"\nttl = \"long\"\n\n\
          [[tags]]\ntable = \"enrolments\"\nraise = [\"student:{student_id}\"]\n```\n",
     );
     page

@@ -1,5 +1,11 @@
 //! Settings as an operator meets them: right, wrong, misspelt and secret.
 
+use walcast_engine::{
+    NamespaceConfig, Policy,
+    config::{Context, Grant},
+    model::Tag,
+};
+
 use super::*;
 
 fn inputs() -> (tempfile::TempDir, Inputs) {
@@ -49,6 +55,10 @@ fn every_key_of_the_table_is_a_field_and_every_example_is_valid() {
     }
     Settings::from_resolved(&mut resolved, BTreeMap::new());
     assert!(resolved.0.is_empty(), "not read by Settings: {:?}", resolved.0.keys());
+    for setting in table::NAMESPACE {
+        let texts = [setting.default, setting.example].into_iter().filter(|text| !text.is_empty());
+        texts.for_each(|text| assert!(setting.kind.parse(&value::Raw::Text(text.into())).is_some(), "{}: {text}", setting.key));
+    }
 }
 
 #[test]
@@ -111,7 +121,10 @@ fn what_is_misspelt_is_named_with_its_place_and_what_was_meant() {
         ("[chache]\nl2 = true\n", "line 2", "`cache.l2`"),
         ("[databse]\n", "line 1", "database."),
         ("listen = '127.0.0.1:1'", "line 1", ""),
-        ("[cache.namespaces.a]\nttl = '5s'\nrole = ['x']\n", "line 3: there is no setting `cache.namespaces.a.role`", "`roles`"),
+        ("[cache.namespaces.a]\nttl = '5s'\nrole = ['x']\n", "line 3: there is no setting `cache.namespaces.a.role`", "`read`"),
+        ("[cache.namespaces.a]\nroles = ['x']\n", "line 2: there is no setting `cache.namespaces.a.roles`", "`read`"),
+        ("[cache.namespaces.a]\nrefresh = '80%'\n", "line 2", "`refresh_ahead`"),
+        ("[cache.namespaces.'query.ward']\nttl = '5s'\n", "line 2: namespace `query.ward` belongs to a query", "-- ttl: 5m"),
         ("[cache.namespaces]\na = 5\n", "line 2", ""),
         ("[cache.namespaces.'a b']\nttl = '5s'\n", "cannot name a cache namespace", "a-z"),
         ("[[tags]]\ntable = 'a'\nraise = ['s:{x}']\n\nrase = ['s:{x}']\n", "line 5: there is no setting `tags.rase`", "`raise`"),
@@ -155,6 +168,7 @@ fn a_wrong_value_says_what_is_expected_with_an_example() {
         ("cache.l1_bytes", "0", "a size"),
         ("cache.default_ttl", "5", "a duration"),
         ("cache.default_ttl", "0s", "a duration"),
+        ("cache.default_ttl", "shortest", "short, medium"),
         ("cache.l2", "maybe", "true or false"),
         ("cache.deaf", "panic", "one of stale, compute"),
         ("database.max_connections", "2", "from 4 to 10000"),
@@ -171,7 +185,7 @@ fn a_wrong_value_says_what_is_expected_with_an_example() {
     }
     for (file, expected) in [
         ("[cache]\nl2 = 'perhaps'", "line 2"),
-        ("[cache]\ndefault_ttl = 5", "`cache.default_ttl` is 5, but must be a duration"),
+        ("[cache]\ndefault_ttl = 5", "`cache.default_ttl` is 5, but must be short, medium"),
         ("[cache]\nl1_bytes = 1.5", "a number with a fraction"),
         ("[auth]\nallowed_roles = ['a', 5]", "an array of other things"),
         ("[auth]\nallowed_roles = 1979-05-27", "a date"),
@@ -192,15 +206,74 @@ fn all_mistakes_are_told_at_once() {
 
 #[test]
 fn namespaces_are_read_from_the_file() {
-    let file = "[cache.namespaces.patients]\nttl = '10m'\nroles = ['authenticated']\n\
-                [cache.namespaces.sessions]\nsource = 'external'\nserve_stale = true\n[cache.namespaces.plain]\n";
+    let file = "[cache]\nl1_bytes = '100MB'\n\
+                [cache.namespaces.patients]\nttl = '10m'\nread = ['authenticated', 'claim:app_role=nurse']\nwrite = ['backend']\n\
+                tags = ['patients', 'ward:7']\npolicy = 'lfu'\nshare = '20%'\nttl_jitter = '25%'\nrefresh_ahead = '80%'\n\
+                grace = '1h'\nstale_while_revalidate = 'short'\nnegative_ttl = '5s'\nserve_stale = true\n\
+                [cache.namespaces.sessions]\nsource = 'external'\nttl = 'very_long'\nper_context = true\nshare = '16MiB'\n\
+                [cache.namespaces.permissions]\nper_context = true\ncontext = ['sub', 'app_metadata.tenant']\n\
+                [cache.namespaces.plain]\n";
     let namespaces = with(Some(file), &[], &[]).unwrap().settings.cache.namespaces;
-    let patients = &namespaces["patients"];
-    assert_eq!((patients.ttl, patients.source), (Some(Duration::from_secs(600)), NamespaceSource::Database));
-    assert_eq!(patients.roles, ["authenticated"]);
+    let seconds = Duration::from_secs;
+    let patients = NamespaceConfig {
+        ttl: Some(seconds(600)),
+        ttl_jitter: 0.25,
+        external: false,
+        policy: Policy::Lfu,
+        l1_bytes: Some(20_000_000),
+        tags: vec![Tag::parse("patients").unwrap(), Tag::parse("ward:7").unwrap()],
+        grace: seconds(3600),
+        stale_while_revalidate: seconds(30),
+        refresh_ahead: Some(0.8),
+        negative_ttl: Some(seconds(5)),
+        serve_invalidated: true,
+    };
+    assert_eq!(namespaces["patients"].entries, patients);
+    let text = |grants: &[Grant]| grants.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(text(&namespaces["patients"].read), ["authenticated", "claim:app_role=nurse"]);
+    assert_eq!(text(&namespaces["patients"].write), ["backend"]);
+    assert!(namespaces["patients"].invalidate.is_empty() && namespaces["patients"].context.is_none());
     let sessions = &namespaces["sessions"];
-    assert_eq!((sessions.ttl, sessions.source, sessions.serve_stale), (None, NamespaceSource::External, true));
-    assert!(namespaces["plain"].roles.is_empty());
+    assert!(sessions.entries.external && sessions.context == Some(Context::AllClaims));
+    assert_eq!((sessions.entries.ttl, sessions.entries.l1_bytes), (Some(seconds(86_400)), Some(16 << 20)));
+    let claims = Context::Claims(vec!["sub".into(), "app_metadata.tenant".into()]);
+    assert_eq!(namespaces["permissions"].context, Some(claims));
+    assert_eq!(namespaces["plain"], NamespaceSettings::default());
+}
+
+#[test]
+fn a_namespace_that_contradicts_itself_is_refused_with_line_and_mend() {
+    for (lines, why, mend) in [
+        ("ttl = '31d'", "line 3: `cache.namespaces.n.ttl` is \"31d\"", "ttl = "),
+        ("ttl = '900ms'", "from 1s to 30d", "ttl = "),
+        ("tags = ['~all']", "line 3: `cache.namespaces.n.tags`: tag `~all` begins with `~`", "tags = "),
+        ("tags = ['a,b']", "percent-encode", "tags = "),
+        ("read = ['claim:app_role']", "`cache.namespaces.n.read`: `claim:app_role`: a role is a name", "claim:app_role=nurse"),
+        ("write = ['claim:user_metadata.role=admin']", "users write `user_metadata` themselves", "write = "),
+        ("context = ['sub']", "line 3: `cache.namespaces.n.context`", "add per_context = true"),
+        ("per_context = true\ncontext = ['jti']", "line 4: `cache.namespaces.n.context`: `jti` differs", "sub"),
+        ("per_context = true\nserve_stale = true", "line 4: `cache.namespaces.n.serve_stale`", "leave out"),
+        ("share = '120%'", "a share from", "share = "),
+        ("refresh_ahead = '5%'", "from \"10%\" to \"99%\"", "80%"),
+        ("policy = 'mru'", "one of adaptive, lru, lfu, fifo", "policy = "),
+        (
+            "share = '1KB'\n[cache.namespaces.m]\nshare = '9MB'",
+            "line 5: the shares of all namespaces (m 9000000, n 1000)",
+            "raise cache.l1_bytes",
+        ),
+    ] {
+        // The largest value is 1 MiB and must find room beside the shares.
+        let file = format!("cache.l1_bytes = '10MB'\n[cache.namespaces.n]\n{lines}\n");
+        let error = error(Some(&file), &[], &[]);
+        assert!(error.contains(why) && error.contains(mend), "{lines}: {error}");
+    }
+    let tags: Vec<String> = (0..65).map(|n| format!("'t{n}'")).collect();
+    let many = error(Some(&format!("[cache.namespaces.n]\ntags = [{}]\n", tags.join(","))), &[], &[]);
+    assert!(many.contains("65 tags, and an entry carries at most 64"), "{many}");
+    let fits = "[cache]\nl1_bytes = '10MB'\n[cache.namespaces.n]\nshare = '50%'\n[cache.namespaces.m]\nshare = '39%'\n";
+    assert!(with(Some(fits), &[], &[]).is_ok());
+    // What fits in the file need not fit what a flag says.
+    assert!(error(Some(fits), &[], &[("cache.l1_bytes", "2MB")]).contains("the shares of all namespaces"));
 }
 
 #[test]

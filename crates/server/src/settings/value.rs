@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, time::Duration};
 
+use walcast_engine::model::named_ttl;
+
 #[derive(Debug, Clone, Copy)]
 pub enum Kind {
     Text,
@@ -19,6 +21,17 @@ pub enum Kind {
     Time {
         least_ms: u64,
     },
+    /// A time to live: `short`, `medium`, `long`, `very_long`, or a duration from a second to 30 days.
+    Ttl,
+    /// A duration up to 30 days, or one of a TTL's names; nothing is a length too.
+    Span,
+    /// `80%`, whole numbers of `least` to `most`.
+    Percent {
+        least: u8,
+        most: u8,
+    },
+    /// A part of something: `20%`, or bytes.
+    Share,
     List,
     Address,
     Choice(&'static [&'static str]),
@@ -31,9 +44,19 @@ pub enum Value {
     Flag(bool),
     Number(u64),
     Time(Duration),
+    Share(Share),
     List(Vec<String>),
     Address(SocketAddr),
 }
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Share {
+    Percent(f64),
+    Bytes(u64),
+}
+
+/// What a cache entry may live at most.
+const MONTH: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// A value as it was found, before anyone knows what it should be.
 #[derive(Debug, Clone, PartialEq)]
@@ -84,6 +107,19 @@ impl Kind {
             (Kind::Time { least_ms }, Raw::Text(text)) => {
                 time(text).filter(|time| *time >= Duration::from_millis(*least_ms)).map(Value::Time)
             }
+            (Kind::Ttl, Raw::Text(text)) => {
+                named_or_time(text).filter(|ttl| (Duration::from_secs(1)..=MONTH).contains(ttl)).map(Value::Time)
+            }
+            (Kind::Span, Raw::Text(text)) => named_or_time(text).filter(|span| *span <= MONTH).map(Value::Time),
+            (Kind::Percent { least, most }, Raw::Text(text)) => {
+                let within = |percent: &f64| (f64::from(*least)..=f64::from(*most)).contains(percent);
+                percent(text).filter(within).map(|percent| Value::Share(Share::Percent(percent)))
+            }
+            (Kind::Share, Raw::Text(text)) if text.contains('%') => percent(text)
+                .filter(|percent| (1.0..=99.0).contains(percent))
+                .map(|percent| Value::Share(Share::Percent(percent))),
+            (Kind::Share, Raw::Text(text)) => bytes(text).filter(|n| *n > 0).map(|n| Value::Share(Share::Bytes(n))),
+            (Kind::Share, raw) => number(raw).filter(|n| *n > 0).map(|n| Value::Share(Share::Bytes(n))),
             (Kind::List, Raw::List(items)) => items.iter().map(|item| filled(item)).collect::<Option<_>>().map(Value::List),
             (Kind::List, Raw::Text(text)) if text.trim().is_empty() => Some(Value::List(Vec::new())),
             (Kind::List, Raw::Text(text)) => text.split(',').map(filled).collect::<Option<_>>().map(Value::List),
@@ -106,6 +142,10 @@ impl Kind {
             Kind::Number { least, most } => format!("a whole number from {least} to {most}"),
             Kind::Bytes { .. } => "a size: a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB".into(),
             Kind::Time { .. } => "a duration: a number with ms, s, m, h or d".into(),
+            Kind::Ttl => "short, medium, long or very_long (30 s, 5 min, 1 h, 24 h), or a duration from 1s to 30d".into(),
+            Kind::Span => "a duration of at most 30d: a number with ms, s, m, h or d".into(),
+            Kind::Percent { least, most } => format!("a share from \"{least}%\" to \"{most}%\""),
+            Kind::Share => "a share from \"1%\" to \"99%\", or a size with KB, MB, GB, KiB, MiB or GiB".into(),
             Kind::List => "a list, in the environment separated by commas".into(),
             Kind::Address => "an IP address and a port".into(),
             Kind::Choice(choices) => format!("one of {}", choices.join(", ")),
@@ -122,6 +162,10 @@ impl Kind {
             Kind::Number { .. } => "number".into(),
             Kind::Bytes { .. } => "bytes".into(),
             Kind::Time { .. } => "duration".into(),
+            Kind::Ttl => "TTL".into(),
+            Kind::Span => "duration".into(),
+            Kind::Percent { .. } => "percent".into(),
+            Kind::Share => "percent or bytes".into(),
             Kind::List => "list".into(),
             Kind::Address => "address".into(),
             Kind::Choice(choices) => choices.iter().map(|choice| format!("`{choice}`")).collect::<Vec<_>>().join(" or "),
@@ -173,6 +217,15 @@ fn time(text: &str) -> Option<Duration> {
     scaled(amount, factor).map(Duration::from_millis)
 }
 
+fn named_or_time(text: &str) -> Option<Duration> {
+    named_ttl(text.trim()).or_else(|| time(text))
+}
+
+fn percent(text: &str) -> Option<f64> {
+    let (amount, unit) = amount_and_unit(text)?;
+    (unit == "%").then(|| amount.parse().ok())?
+}
+
 fn amount_and_unit(text: &str) -> Option<(&str, &str)> {
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -209,6 +262,33 @@ mod tests {
         for bad in ["", "MiB", "-1", "1TBx", "1..2MB", "99999999999999999999", "99999999999GiB", "٣MB"] {
             assert_eq!(bytes(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn ttls_have_names_and_bounds() {
+        let ttl = |text: &str| Kind::Ttl.parse(&Raw::Text(text.into()));
+        for (text, seconds) in
+            [("short", 30), ("medium", 300), ("long", 3600), ("very_long", 86_400), ("1s", 1), ("30d", 2_592_000)]
+        {
+            assert_eq!(ttl(text), Some(Value::Time(Duration::from_secs(seconds))), "{text}");
+        }
+        for bad in ["999ms", "31d", "0s", "Short", "longer", ""] {
+            assert_eq!(ttl(bad), None, "{bad}");
+        }
+        assert_eq!(Kind::Span.parse(&Raw::Text("0s".into())), Some(Value::Time(Duration::ZERO)));
+    }
+
+    #[test]
+    fn shares() {
+        let share = |text: &str| Kind::Share.parse(&Raw::Text(text.into()));
+        assert_eq!(share("20%"), Some(Value::Share(Share::Percent(20.0))));
+        assert_eq!(share("2.5 %"), Some(Value::Share(Share::Percent(2.5))));
+        assert_eq!(share("16MiB"), Some(Value::Share(Share::Bytes(16 << 20))));
+        for bad in ["0%", "100%", "%", "20%%", "-5%", "0", "1.2.3%", ".%"] {
+            assert_eq!(share(bad), None, "{bad}");
+        }
+        let jitter = |text: &str| Kind::Percent { least: 0, most: 50 }.parse(&Raw::Text(text.into()));
+        assert!(jitter("0%").is_some() && jitter("50%").is_some() && jitter("51%").is_none() && jitter("0.1").is_none());
     }
 
     #[test]

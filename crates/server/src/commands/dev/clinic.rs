@@ -21,6 +21,10 @@ struct Sql;
 #[folder = "../../demo/queries"]
 struct QueryFiles;
 
+/// The clinic's own settings, its cache namespaces: used where no `walcast.toml` is found.
+pub const SETTINGS_NAME: &str = "demo/walcast.toml";
+pub const SETTINGS_TEXT: &str = include_str!("../../../../../demo/walcast.toml");
+
 pub struct Person {
     pub user_id: String,
     pub name: String,
@@ -168,6 +172,34 @@ fn sql_failure(doing: &str, error: &tokio_postgres::Error) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::{Inputs, load as load_settings};
+
+    #[test]
+    fn the_clinic_brings_its_namespaces() {
+        let nothing_here = tempfile::tempdir().unwrap();
+        let instead = Some((SETTINGS_NAME, SETTINGS_TEXT));
+        let loaded = load_settings(&Inputs { directory: nothing_here.path().to_owned(), instead, ..Inputs::default() });
+        let namespaces = loaded.unwrap().settings.cache.namespaces;
+        let lives: Vec<(&str, u64)> =
+            namespaces.iter().map(|(name, set)| (name.as_str(), set.entries.ttl.unwrap_or_default().as_secs())).collect();
+        let expected = [
+            ("billing_codes", 24 * 3600),
+            ("drug_interaction", 3600),
+            ("fhir_resource", 600),
+            ("patient_lookup", 300),
+            ("permission", 300),
+            ("queue", 30),
+            ("session", 24 * 3600),
+            ("tenant", 300),
+            ("translation", 30 * 24 * 3600),
+        ];
+        assert_eq!(lives, expected);
+        // An own file is the whole of it.
+        std::fs::write(nothing_here.path().join("walcast.toml"), "[log]\nlevel = 'debug'\n").unwrap();
+        let instead = Some((SETTINGS_NAME, SETTINGS_TEXT));
+        let own = load_settings(&Inputs { directory: nothing_here.path().to_owned(), instead, ..Inputs::default() }).unwrap();
+        assert!(own.settings.cache.namespaces.is_empty() && own.settings.log.level == "debug");
+    }
 
     #[test]
     fn the_writer_has_its_three_statements() {

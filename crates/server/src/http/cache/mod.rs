@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
-    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Stored, Written,
+    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Right, Stored, Written,
     model::{CacheKey, Claims, Tag},
 };
 
@@ -32,7 +32,7 @@ pub async fn get(
     Caller(claims): Caller,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let key = key(&app, path, &claims)?;
+    let key = key(&app, path, &claims, Right::Read)?;
     let position = app.engine.position();
     let mut response = match app.engine.cache_get(&key, freshness(&headers)?).await {
         Lookup::Hit { entry, tier, stale } => {
@@ -83,7 +83,7 @@ pub async fn put(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, Refusal> {
-    let key = key(&app, path, &claims)?;
+    let key = key(&app, path, &claims, Right::Write)?;
     let limit = app.limits.max_value_bytes;
     let too_large = || {
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "value_too_large", format!("a value has at most {limit} bytes"))
@@ -93,7 +93,7 @@ pub async fn put(
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let written = match (text("walcast-ticket"), text("walcast-written")) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
-        (None, Some(xid)) => Written::By(xid.parse().map_err(|_| {
+        (None, Some(xid)) => Written::By(xid.parse().ok().filter(|xid| *xid > 0).ok_or_else(|| {
             Refusal::new(StatusCode::BAD_REQUEST, "bad_transaction_id", format!("`{xid}` is not a transaction id"))
                 .hint("send the result of pg_current_xact_id() of the transaction that wrote")
         })?),
@@ -151,7 +151,14 @@ fn put_refused(error: PutFailure) -> Refusal {
                 PutError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
                 _ => StatusCode::BAD_REQUEST,
             };
-            Refusal::new(status, error.code(), text)
+            let hint = match &error {
+                PutError::UnknownNamespace(_) => "name it in walcast.toml",
+                PutError::TooLarge { .. } => "split the value, or raise cache.max_value_bytes",
+                PutError::TooManyTags { .. } => "tag it by the table",
+                PutError::Ttl(_) => "Cache-Control: max-age=300, or leave it out for the namespace's own",
+                PutError::ContentType => "Content-Type: application/json",
+            };
+            Refusal::new(status, error.code(), text).hint(hint)
         }
         PutFailure::Database(_) => {
             Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", text).hint("the value was not stored; go on without")
@@ -165,7 +172,7 @@ pub async fn delete(
     path: Result<Path<(String, String)>, PathRejection>,
     Caller(claims): Caller,
 ) -> Result<Response, Refusal> {
-    let key = key(&app, path, &claims)?;
+    let key = key(&app, path, &claims, Right::Invalidate)?;
     app.engine.cache_delete_local(&key);
     invalidated(&app, vec![Tag::key(&key)]).await
 }
@@ -196,8 +203,7 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: By
         _ => {}
     }
     if let Some(namespace) = &asked.namespace {
-        may_use(&app, namespace, &claims)?;
-        CacheKey::new(namespace, "x").map_err(|error| wrong("bad_namespace", error.to_string()))?;
+        app.engine.may_use_namespace(&claims, Right::Invalidate, namespace)?;
         if asked.keys.is_empty() && asked.tags.is_empty() {
             raised.push(Tag::namespace(namespace));
         }
@@ -243,32 +249,18 @@ async fn invalidated(app: &App, tags: Vec<Tag>) -> Result<Response, Refusal> {
     }
 }
 
-fn key(app: &App, path: Result<Path<(String, String)>, PathRejection>, claims: &Claims) -> Result<CacheKey, Refusal> {
+/// The caller's key, if he has the right.
+fn key(
+    app: &App,
+    path: Result<Path<(String, String)>, PathRejection>,
+    claims: &Claims,
+    right: Right,
+) -> Result<CacheKey, Refusal> {
     let Path((namespace, key)) = path.map_err(|error| {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}"))
             .hint("a key is one percent-encoded path segment")
     })?;
-    may_use(app, &namespace, claims)?;
-    CacheKey::new(&namespace, &key).map_err(|error| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", error.to_string()).hint("a key is one percent-encoded path segment")
-    })
-}
-
-fn may_use(app: &App, namespace: &str, claims: &Claims) -> Result<(), Refusal> {
-    if !app.engine.knows_namespace(namespace) {
-        return Err(Refusal::new(
-            StatusCode::NOT_FOUND,
-            "unknown_namespace",
-            format!("there is no namespace `{namespace}`, and cache.strict is on"),
-        )
-        .hint(format!("add [cache.namespaces.{namespace}] to walcast.toml")));
-    }
-    if app.engine.may_use_namespace(claims, namespace) {
-        return Ok(());
-    }
-    let who = claims.role();
-    Err(Refusal::new(StatusCode::FORBIDDEN, "role_not_allowed", format!("role `{who}` may not use namespace `{namespace}`"))
-        .hint(format!("use a service_role token, or add the role to roles of [cache.namespaces.{namespace}]")))
+    Ok(app.engine.cache_key(claims, right, &namespace, &key)?)
 }
 
 /// `Walcast-At-Least: <position or transaction id>`.
