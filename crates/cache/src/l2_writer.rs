@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
-    time::timeout,
+    time::timeout_at,
 };
 use tokio_postgres::{
     Row,
@@ -114,30 +114,25 @@ impl Table {
         result
     }
 
+    /// One deadline for all of it, the wait for a connection included: a silent server must not stop the writer.
     pub(crate) async fn transaction(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>, PgError> {
-        let work = async {
-            let lease = self.pool.lease(DOING).await?;
-            let statements = async {
-                lease.batch_execute(BEGIN).await?;
-                let rows = lease.query_typed(statement, parameters).await?;
-                lease.batch_execute("commit").await?;
-                Ok(rows)
-            };
-            let outcome = timeout(self.config.write_timeout, statements).await;
-            match outcome {
-                Ok(Ok(rows)) => Ok(rows),
-                Ok(Err(error)) => {
-                    // Its transaction is in a state nobody should meet.
-                    lease.discard();
-                    Err(PgError::from_driver(DOING, error))
-                }
-                Err(_) => {
-                    lease.discard();
-                    Err(PgError::Away { doing: DOING, source: "no answer within `write_timeout`".into() })
-                }
-            }
+        let deadline = tokio::time::Instant::now() + self.config.write_timeout;
+        let slow = || PgError::Away { doing: DOING, source: "no answer within `write_timeout`".into() };
+        let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let statements = async {
+            lease.batch_execute(BEGIN).await?;
+            let rows = lease.query_typed(statement, parameters).await?;
+            lease.batch_execute("commit").await?;
+            Ok(rows)
         };
-        work.await
+        let error = match timeout_at(deadline, statements).await {
+            Ok(Ok(rows)) => return Ok(rows),
+            Ok(Err(error)) => PgError::from_driver(DOING, error),
+            Err(_) => slow(),
+        };
+        // Its transaction is in a state nobody should meet.
+        lease.discard();
+        Err(error)
     }
 
     async fn upsert(&self, batch: &[Job]) -> Result<u64, PgError> {
