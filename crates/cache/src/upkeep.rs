@@ -347,7 +347,7 @@ impl Upkeep<'_> {
 
     /// What L1 holds is in use, however few hits the table knows of; and the rest.
     fn parted(&self, keys: Vec<CacheKey>) -> (Vec<CacheKey>, Vec<CacheKey>) {
-        keys.into_iter().partition(|key| self.cache.0.l1.get(key).is_some())
+        keys.into_iter().partition(|key| self.cache.0.l1.holds(key))
     }
 }
 

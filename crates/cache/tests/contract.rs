@@ -206,8 +206,9 @@ impl Subject {
         let cache = Cache::new(config(), self.world.clock.clone(), fresh.cache.l2().cloned());
         cache.set_hearing(Hearing::Live);
         cache.set_epoch(self.world.cache.epoch());
-        for (name, text) in self.over.borrow().iter() {
-            let answer = told(&cache.get(&key(name), AtLeast::Any).await);
+        let over = self.over.borrow().clone();
+        for (name, text) in over {
+            let answer = told(&cache.get(&key(&name), AtLeast::Any).await);
             if answer == format!("hit {text}") {
                 return Err(format!("{text} of {name} came back"));
             }
