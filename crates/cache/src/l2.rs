@@ -5,17 +5,17 @@
 //! a dropped write left an older row behind: the clock judges every row by its fence when it is read.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 use tokio::{
-    sync::{Semaphore, mpsc, oneshot},
+    sync::{Notify, Semaphore, mpsc, oneshot},
     time::timeout_at,
 };
 use tokio_postgres::{Row, types::Type};
@@ -23,9 +23,10 @@ use walcast_model::{CacheKey, Epoch, Fence, Floor, Lsn, Tag};
 use walcast_pg::{PgError, Pool};
 
 use crate::{
-    Entry, NewValue, Stats,
+    Entry, L2Size, NewValue, Stats,
     breaker::Breaker,
-    l2_writer::{self, Job, Swept},
+    entry::now_ms,
+    l2_writer::{self, Job},
 };
 
 #[derive(Debug, Clone)]
@@ -40,7 +41,8 @@ pub struct L2Config {
     pub queue_bytes: usize,
     pub batch_rows: usize,
     pub batch_bytes: usize,
-    /// Past it a sweep deletes what expires soonest.
+    /// Past it the rows that bring the least go, until nine tenths are left. The file itself may be larger by what
+    /// vacuum has yet to free.
     pub max_bytes: u64,
 }
 
@@ -62,7 +64,7 @@ impl Default for L2Config {
 /// A handle; the writer task ends when the last handle is dropped.
 #[derive(Clone)]
 pub struct L2 {
-    tier: Arc<Table>,
+    pub(crate) tier: Arc<Table>,
     jobs: mpsc::Sender<Job>,
     room: Arc<Semaphore>,
 }
@@ -73,8 +75,15 @@ pub(crate) struct Table {
     pub(crate) config: L2Config,
     pub(crate) breaker: Breaker,
     pub(crate) stats: Arc<Stats>,
-    /// Hits since the last sweep: a read never writes.
+    /// Hits that the table does not know of yet: a read never writes.
     pub(crate) hits: Mutex<HashMap<[u8; 16], i64>>,
+    /// Rows that readers met although their time was over.
+    pub(crate) met: Mutex<HashSet<[u8; 16]>>,
+    /// Bytes written since the table was last measured.
+    pub(crate) written: AtomicU64,
+    /// So much was written that it should be measured again.
+    pub(crate) crowded: Notify,
+    pub(crate) size: Mutex<Option<L2Size>>,
     epoch: AtomicU32,
     reads: Semaphore,
 }
@@ -83,10 +92,13 @@ const DOING: &str = "reading the cache table";
 /// Keys a statement: bounds what one answer holds in memory.
 const KEYS_A_STATEMENT: usize = 64;
 const MAX_HIT_KEYS: usize = 8192;
+/// More of them wait for the next reader, or for their hour.
+const MAX_MET: usize = 1000;
 
 const READ: &str = "
 select hash, namespace, key, value, content_type, tags, floor, settled::text, snapshot,
-       (extract(epoch from stored_at) * 1000)::int8, (extract(epoch from expires_at) * 1000)::int8, etag
+       (extract(epoch from stored_at) * 1000)::int8, (extract(epoch from expires_at) * 1000)::int8, etag,
+       (extract(epoch from stale_until) * 1000)::int8, negative
 from walcast.cache_entries where hash = any($1) and epoch = $2";
 
 impl L2 {
@@ -99,6 +111,10 @@ impl L2 {
             breaker: Breaker::default(),
             stats: Arc::default(),
             hits: Mutex::default(),
+            met: Mutex::default(),
+            written: AtomicU64::new(0),
+            crowded: Notify::new(),
+            size: Mutex::default(),
             epoch: AtomicU32::new(0),
             reads: Semaphore::new(config.concurrent_reads.max(1)),
             config,
@@ -130,11 +146,7 @@ impl L2 {
     }
 
     pub(crate) fn note_hit(&self, key: &CacheKey) {
-        let mut hits = self.tier.hits.lock();
-        let digest = key.digest();
-        if hits.len() < MAX_HIT_KEYS || hits.contains_key(&digest) {
-            *hits.entry(digest).or_default() += 1;
-        }
+        self.tier.note_hit(key);
     }
 
     /// Queues the entry for the writer; never waits.
@@ -155,14 +167,6 @@ impl L2 {
         if self.jobs.send(Job::Flush(done)).await.is_ok() {
             let _ = written.await;
         }
-    }
-
-    /// Deletes expired rows, and what is over `max_bytes`; brings the hit counts to the table. Call it every minute or so.
-    pub async fn sweep(&self) -> Result<Swept, PgError> {
-        let ended = || PgError::Unexpected { doing: "sweeping the cache table", what: "the writer has ended".into() };
-        let (done, swept) = oneshot::channel();
-        self.jobs.send(Job::Sweep(done)).await.map_err(|_| ended())?;
-        swept.await.map_err(|_| ended())?
     }
 }
 
@@ -220,6 +224,22 @@ impl Table {
         }
     }
 
+    pub(crate) fn note_hit(&self, key: &CacheKey) {
+        let mut hits = self.hits.lock();
+        let digest = key.digest();
+        if hits.len() < MAX_HIT_KEYS || hits.contains_key(&digest) {
+            *hits.entry(digest).or_default() += 1;
+        }
+    }
+
+    /// A read never deletes; upkeep does.
+    fn note_over(&self, key: &CacheKey) {
+        let mut met = self.met.lock();
+        if met.len() < MAX_MET {
+            met.insert(key.digest());
+        }
+    }
+
     /// Puts the row to the keys that it is for: the full key decides, the hash only found it.
     fn place(&self, row: &Row, keys: &[&CacheKey], entries: &mut [Option<Entry>]) {
         let names = |row: &Row| Ok::<_, tokio_postgres::Error>((row.try_get::<_, String>(1)?, row.try_get::<_, String>(2)?));
@@ -230,8 +250,10 @@ impl Table {
         for (key, place) in keys.iter().zip(entries) {
             if key.namespace() == namespace && key.key() == key_text {
                 *place = decode(row, key);
-                if place.is_none() {
-                    self.stats.l2_errors.add(1);
+                match place {
+                    Some(entry) if entry.stale_until <= now_ms() => self.note_over(key),
+                    Some(_) => {}
+                    None => self.stats.l2_errors.add(1),
                 }
             }
         }
@@ -252,10 +274,11 @@ fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
         content_type: row.try_get::<_, &str>(4).ok()?.into(),
         tags: tags.into_iter().map(Tag::stored).collect(),
         ttl: None,
-        negative: false,
+        negative: row.try_get(13).ok()?,
     };
     let stored_at = u64::try_from(row.try_get::<_, i64>(9).ok()?).ok()?;
     let expires_at = u64::try_from(row.try_get::<_, i64>(10).ok()?).ok()?;
     let etag: &str = row.try_get(11).ok()?;
-    Some(Entry::stored(key, value, fence, [stored_at, expires_at, expires_at], etag.into()))
+    let stale_until = u64::try_from(row.try_get::<_, i64>(12).ok()?).ok()?;
+    Some(Entry::stored(key, value, fence, [stored_at, expires_at, stale_until], etag.into()))
 }

@@ -1,13 +1,17 @@
-//! The one task that writes to the cache table: values in batches, sweeps, hit counts.
+//! The one task that writes values to the cache table, in batches.
 //!
-//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush or a sweep. It never writes
+//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush. It never writes
 //! with a synchronous commit (a dead standby must not stop the cache) and never tries a batch twice: a cache may forget.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, oneshot},
-    time::timeout,
+    time::timeout_at,
 };
 use tokio_postgres::{
     Row,
@@ -21,23 +25,13 @@ use crate::{Entry, l2::Table};
 pub(crate) enum Job {
     Write { key: CacheKey, entry: Arc<Entry>, epoch: Epoch, _room: OwnedSemaphorePermit },
     Flush(oneshot::Sender<()>),
-    Sweep(oneshot::Sender<Result<Swept, PgError>>),
 }
 
-/// What a sweep took away.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Swept {
-    pub expired: u64,
-    /// Not expired, but over `max_bytes`.
-    pub evicted: u64,
-}
-
-type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+pub(crate) type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 const DOING: &str = "writing the cache table";
-const SWEEP_ROWS: i64 = 1000;
-/// Batches a sweep: values that wait to be written get their turn in between sweeps.
-const SWEEP_BATCHES: u64 = 50;
+/// Once this part of `max_bytes` was written, the table is measured anew: by so much it may be over at most.
+const MEASURED_AFTER: u64 = 16;
 
 const BEGIN: &str = "begin; set local synchronous_commit = off; set local lock_timeout = 1000";
 
@@ -45,52 +39,35 @@ const BEGIN: &str = "begin; set local synchronous_commit = off; set local lock_t
 /// Equal fences give way too, for then the later store is the newer one.
 const UPSERT: &str = "
 insert into walcast.cache_entries as c
-  (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag)
+  (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag,
+   stale_until, negative)
 select hash, namespace, key, value, content_type, string_to_array(tags, E'\\n'), epoch, floor, settled::pg_lsn, snapshot_xmax, snapshot,
-       to_timestamp(stored_at / 1000.0), to_timestamp(expires_at / 1000.0), etag
+       to_timestamp(stored_at / 1000.0), to_timestamp(expires_at / 1000.0), etag,
+       to_timestamp(stale_until / 1000.0), negative
 from unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::text[], $7::text[], $8::int8[], $9::text[],
-            $10::int8[], $11::text[], $12::int8[], $13::int8[], $14::text[])
-  as v (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag)
+            $10::int8[], $11::text[], $12::int8[], $13::int8[], $14::text[], $15::int8[], $16::bool[])
+  as v (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag,
+        stale_until, negative)
 order by hash
 on conflict (hash) do update set
   namespace = excluded.namespace, key = excluded.key, value = excluded.value, content_type = excluded.content_type,
   tags = excluded.tags, epoch = excluded.epoch, floor = excluded.floor, settled = excluded.settled, snapshot_xmax = excluded.snapshot_xmax,
-  snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag
+  snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag,
+  stale_until = excluded.stale_until, negative = excluded.negative
 where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
 returning 1";
-
-const DELETE_EXPIRED: &str = "
-delete from walcast.cache_entries where hash = any (array(
-  select hash from walcast.cache_entries where expires_at <= now() order by expires_at limit $1 for update skip locked))
-returning 0::int8";
-
-/// Answers the bytes of each row, so that a sweep knows when it has taken enough.
-const DELETE_SOONEST: &str = "
-delete from walcast.cache_entries where hash = any (array(
-  select hash from walcast.cache_entries order by expires_at limit $1 for update skip locked))
-returning octet_length(value)::int8 + 512";
-
-const TABLE_BYTES: &str = "select pg_catalog.pg_table_size('walcast.cache_entries')";
-/// The file does not shrink when rows go, so only a count of what lives says how much must go.
-const LIVE_BYTES: &str = "select coalesce(sum(octet_length(value)::int8 + 512), 0)::int8 from walcast.cache_entries";
-
-const ADD_HITS: &str = "
-with counted as (
-  select c.hash, v.n from walcast.cache_entries c join unnest($1::bytea[], $2::int8[]) v (hash, n) on c.hash = v.hash
-  order by c.hash for update of c skip locked)
-update walcast.cache_entries c set hits = c.hits + counted.n from counted where c.hash = counted.hash";
 
 pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
     let mut next = jobs.recv().await;
     while let Some(job) = next.take() {
         match job {
             Job::Flush(done) => drop(done.send(())),
-            Job::Sweep(done) => drop(done.send(table.guarded(table.sweep(), 1).await)),
             first => {
                 let (batch, other) = gather(&table, first, &mut jobs);
                 let rows = batch.len() as u64;
                 if let Ok(written) = table.guarded(table.upsert(&batch), rows).await {
                     table.stats.l2_written.add(written);
+                    table.note_written(&batch);
                 }
                 next = other;
             }
@@ -119,7 +96,7 @@ fn gather(table: &Table, first: Job, jobs: &mut mpsc::Receiver<Job>) -> (Vec<Job
 
 impl Table {
     /// Behind the breaker, and counted. `rows` is what is lost if it is open.
-    async fn guarded<T>(&self, work: impl Future<Output = Result<T, PgError>>, rows: u64) -> Result<T, PgError> {
+    pub(crate) async fn guarded<T>(&self, work: impl Future<Output = Result<T, PgError>>, rows: u64) -> Result<T, PgError> {
         let Some(leave) = self.breaker.ask(Instant::now()) else {
             self.stats.l2_skipped.add(rows);
             return Err(PgError::Away { doing: DOING, source: "it failed several times and is left alone for a while".into() });
@@ -137,30 +114,25 @@ impl Table {
         result
     }
 
-    async fn transaction(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>, PgError> {
-        let work = async {
-            let lease = self.pool.lease(DOING).await?;
-            let statements = async {
-                lease.batch_execute(BEGIN).await?;
-                let rows = lease.query_typed(statement, parameters).await?;
-                lease.batch_execute("commit").await?;
-                Ok(rows)
-            };
-            let outcome = timeout(self.config.write_timeout, statements).await;
-            match outcome {
-                Ok(Ok(rows)) => Ok(rows),
-                Ok(Err(error)) => {
-                    // Its transaction is in a state nobody should meet.
-                    lease.discard();
-                    Err(PgError::from_driver(DOING, error))
-                }
-                Err(_) => {
-                    lease.discard();
-                    Err(PgError::Away { doing: DOING, source: "no answer within `write_timeout`".into() })
-                }
-            }
+    /// One deadline for all of it, the wait for a connection included: a silent server must not stop the writer.
+    pub(crate) async fn transaction(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>, PgError> {
+        let deadline = tokio::time::Instant::now() + self.config.write_timeout;
+        let slow = || PgError::Away { doing: DOING, source: "no answer within `write_timeout`".into() };
+        let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let statements = async {
+            lease.batch_execute(BEGIN).await?;
+            let rows = lease.query_typed(statement, parameters).await?;
+            lease.batch_execute("commit").await?;
+            Ok(rows)
         };
-        work.await
+        let error = match timeout_at(deadline, statements).await {
+            Ok(Ok(rows)) => return Ok(rows),
+            Ok(Err(error)) => PgError::from_driver(DOING, error),
+            Err(_) => slow(),
+        };
+        // Its transaction is in a state nobody should meet.
+        lease.discard();
+        Err(error)
     }
 
     async fn upsert(&self, batch: &[Job]) -> Result<u64, PgError> {
@@ -179,7 +151,9 @@ impl Table {
         let (content_types, etags) = (text(|row| &row.entry.content_type), text(|row| &row.entry.etag));
         let (floors, xmaxes) = (number(|entry| entry.fence.floor.0), number(|entry| entry.fence.snapshot.xmax.0));
         let (stored_at, expires_at) = (number(|entry| entry.stored_at), number(|entry| entry.expires_at));
-        let parameters: [Parameter<'_>; 14] = [
+        let (stale_until, negative) =
+            (number(|entry| entry.stale_until), rows.iter().map(|row| row.entry.negative).collect::<Vec<bool>>());
+        let parameters: [Parameter<'_>; 16] = [
             (&hashes, Type::BYTEA_ARRAY),
             (&namespaces, Type::TEXT_ARRAY),
             (&keys, Type::TEXT_ARRAY),
@@ -194,61 +168,20 @@ impl Table {
             (&stored_at, Type::INT8_ARRAY),
             (&expires_at, Type::INT8_ARRAY),
             (&etags, Type::TEXT_ARRAY),
+            (&stale_until, Type::INT8_ARRAY),
+            (&negative, Type::BOOL_ARRAY),
         ];
         Ok(self.transaction(UPSERT, &parameters).await?.len() as u64)
     }
 
-    async fn sweep(&self) -> Result<Swept, PgError> {
-        self.add_hits().await?;
-        let mut swept = Swept::default();
-        for _ in 0..SWEEP_BATCHES {
-            let gone = self.transaction(DELETE_EXPIRED, &[(&SWEEP_ROWS, Type::INT8)]).await?.len() as u64;
-            swept.expired += gone;
-            if gone < SWEEP_ROWS as u64 {
-                swept.evicted = self.evict().await?;
-                break;
-            }
+    /// Values may come faster than upkeep looks: it is called when much was written.
+    fn note_written(&self, batch: &[Job]) {
+        let bytes: usize =
+            batch.iter().map(|job| if let Job::Write { key, entry, .. } = job { entry.weight(key) } else { 0 }).sum();
+        let written = self.written.fetch_add(bytes as u64, Ordering::AcqRel) + bytes as u64;
+        if written >= self.config.max_bytes / MEASURED_AFTER {
+            self.crowded.notify_one();
         }
-        self.stats.l2_swept.add(swept.expired + swept.evicted);
-        Ok(swept)
-    }
-
-    /// Down to nine tenths of the bound, so that the next sweep does not begin at it again.
-    async fn evict(&self) -> Result<u64, PgError> {
-        let bound = self.config.max_bytes;
-        if self.number(TABLE_BYTES).await? <= bound {
-            return Ok(0);
-        }
-        let mut live = self.number(LIVE_BYTES).await?;
-        let mut evicted = 0;
-        let goal = if live > bound { bound / 10 * 9 } else { live };
-        for _ in 0..SWEEP_BATCHES {
-            if live <= goal {
-                break;
-            }
-            let rows = self.transaction(DELETE_SOONEST, &[(&SWEEP_ROWS, Type::INT8)]).await?;
-            if rows.is_empty() {
-                break;
-            }
-            evicted += rows.len() as u64;
-            live = rows.iter().fold(live, |live, row| live.saturating_sub(first_number(row)));
-        }
-        Ok(evicted)
-    }
-
-    async fn number(&self, statement: &str) -> Result<u64, PgError> {
-        Ok(self.transaction(statement, &[]).await?.first().map_or(0, first_number))
-    }
-
-    async fn add_hits(&self) -> Result<(), PgError> {
-        let hits = std::mem::take(&mut *self.hits.lock());
-        if hits.is_empty() {
-            return Ok(());
-        }
-        let hashes: Vec<&[u8]> = hits.keys().map(|digest| &digest[..]).collect();
-        let counts: Vec<i64> = hits.values().copied().collect();
-        self.transaction(ADD_HITS, &[(&hashes, Type::BYTEA_ARRAY), (&counts, Type::INT8_ARRAY)]).await?;
-        Ok(())
     }
 }
 
@@ -275,8 +208,4 @@ fn newest_of_each_key(batch: &[Job]) -> Vec<Write<'_>> {
 /// No tag holds a control character, so a line break parts them.
 fn joined_tags(entry: &Entry) -> String {
     entry.tags.iter().map(|tag| tag.as_str()).collect::<Vec<_>>().join("\n")
-}
-
-fn first_number(row: &Row) -> u64 {
-    row.try_get::<_, i64>(0).map_or(0, |number| number.max(0) as u64)
 }

@@ -11,9 +11,11 @@
 //! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
 //! | what is a fill ticket | `ticket` |
 //! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
+//! | what leaves the table, and when | `upkeep`, `cleanups` |
 
 mod breaker;
 mod cache;
+mod cleanups;
 mod coarse_clock;
 mod compute;
 mod config;
@@ -26,21 +28,24 @@ mod l2;
 mod l2_writer;
 mod stats;
 mod ticket;
+mod upkeep;
 
 pub use cache::{Cache, Lookup, PutError, Refusal, Stale, Stored, Tier};
+pub use cleanups::{CleanupDay, LoggedCleanup};
 pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
 pub use config::{CacheConfig, NamespaceConfig, Policy};
 pub use entry::{Entry, NewValue, etag};
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
-pub use l2_writer::Swept;
 pub use stats::{Counter, Stats};
 pub use ticket::{TicketError, Tickets};
+pub use upkeep::{Cleanup, L2Size, Reason};
 
 /// What this room puts into the database, in order.
 pub const MIGRATIONS: &[(&str, &str)] = &[
     ("cache/0001_entries", include_str!("../sql/0001_entries.sql")),
+    ("cache/0002_upkeep", include_str!("../sql/0002_upkeep.sql")),
     ("cache/0004_grants", include_str!("../sql/0004_grants.sql")),
     ("cache/0004_judge", include_str!("../sql/0004_judge.sql")),
     ("cache/0004_tags", include_str!("../sql/0004_tags.sql")),

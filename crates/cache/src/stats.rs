@@ -5,7 +5,7 @@ use std::{
     sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
-use crate::{MissReason, Refusal};
+use crate::{MissReason, Reason, Refusal};
 
 /// In shards, one cache line each: threads that count at every read must not wait for each other's line.
 #[derive(Debug, Default)]
@@ -63,7 +63,8 @@ pub struct Stats {
     /// Writes that found the queue full.
     pub l2_dropped: Counter,
     pub l2_written: Counter,
-    pub l2_swept: Counter,
+    l2_cleaned_rows: [Counter; Reason::ALL.len()],
+    l2_cleaned_bytes: [Counter; Reason::ALL.len()],
 }
 
 impl Stats {
@@ -73,6 +74,15 @@ impl Stats {
 
     pub fn refusals(&self, reason: Refusal) -> &Counter {
         &self.refusals[reason as usize]
+    }
+
+    /// Rows that upkeep took from L2.
+    pub fn l2_cleaned_rows(&self, reason: Reason) -> &Counter {
+        &self.l2_cleaned_rows[reason as usize]
+    }
+
+    pub fn l2_cleaned_bytes(&self, reason: Reason) -> &Counter {
+        &self.l2_cleaned_bytes[reason as usize]
     }
 
     /// Name, reason where there is one, value: for whoever exports them all.
@@ -91,13 +101,16 @@ impl Stats {
             ("l2_skipped", &self.l2_skipped),
             ("l2_dropped", &self.l2_dropped),
             ("l2_written", &self.l2_written),
-            ("l2_swept", &self.l2_swept),
         ]
         .into_iter()
         .map(|(name, counter)| (name, None, counter.get()))
         .collect();
         all.extend(MissReason::ALL.iter().map(|reason| ("misses", Some(reason.as_str()), self.misses(*reason).get())));
         all.extend(Refusal::ALL.iter().map(|reason| ("refusals", Some(reason.as_str()), self.refusals(*reason).get())));
+        for reason in Reason::ALL {
+            all.push(("l2_cleaned_rows", Some(reason.as_str()), self.l2_cleaned_rows(reason).get()));
+            all.push(("l2_cleaned_bytes", Some(reason.as_str()), self.l2_cleaned_bytes(reason).get()));
+        }
         all
     }
 }

@@ -4,45 +4,16 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{World, computed, fence, key, told, value, world_with};
-use walcast_cache::{AtLeast, CacheConfig, ComputeOptions, L2, L2Config, Lookup, Source, Swept, Tier};
+use common::{
+    World, computed, fence, key,
+    l2::{flush, node, number, patient, postgres},
+    told, value,
+};
+use walcast_cache::{AtLeast, ComputeOptions, L2Config, Lookup, Source, Tier};
 use walcast_model::{Epoch, Lsn, Xid};
-use walcast_pg::{ConnectConfig, Pool};
-use walcast_testkit::TestPostgres;
-
-const SCHEMA: &str = "create schema walcast; revoke all on schema walcast from public";
-const ENTRIES: &str = include_str!("../sql/0001_entries.sql");
-
-async fn postgres() -> TestPostgres {
-    let postgres = TestPostgres::start().await.unwrap();
-    postgres.execute(SCHEMA).await.unwrap();
-    postgres.execute(ENTRIES).await.unwrap();
-    postgres
-}
-
-/// A Walcast that has just started: empty L1, a clock that knows of no commit, the table as it is.
-fn node(postgres: &TestPostgres, config: L2Config) -> World {
-    let pool = Pool::new(&ConnectConfig::parse(&postgres.url()).unwrap(), 3, Duration::from_secs(5)).unwrap();
-    let world = world_with(CacheConfig::default(), Some(L2::start(pool, config)));
-    world.cache.set_epoch(Epoch(7));
-    world
-}
-
-/// Patient: tests share two cores.
-fn patient() -> L2Config {
-    L2Config { read_timeout: Duration::from_secs(20), write_timeout: Duration::from_secs(20), ..L2Config::default() }
-}
-
-async fn flush(world: &World) {
-    world.cache.l2().unwrap().flush().await;
-}
 
 async fn get(world: &World, name: &str) -> String {
     told(&world.cache.get(&key(name), AtLeast::Any).await)
-}
-
-async fn number(postgres: &TestPostgres, sql: &str) -> i64 {
-    postgres.connect().await.unwrap().query_one(sql, &[]).await.unwrap().get(0)
 }
 
 async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
@@ -80,9 +51,9 @@ async fn after_a_restart_the_table_answers_what_no_commit_touched_meanwhile() {
     let told: Vec<_> = after.cache.get_many(&keys, AtLeast::Any).await.iter().map(told).collect();
     assert_eq!(told, ["hit nine", "miss absent", "hit seven, \"quoted\"\n\\", "hit nine", "miss invalidated"]);
 
-    // Reads wrote nothing; the sweep brings the hits.
+    // Reads wrote nothing; upkeep brings the hits.
     assert_eq!(number(&postgres, "select sum(hits)::int8 from walcast.cache_entries").await, 0);
-    after.cache.l2().unwrap().sweep().await.unwrap();
+    after.cache.tidy().await.unwrap();
     assert_eq!(number(&postgres, "select sum(hits)::int8 from walcast.cache_entries").await, 3);
 
     let other_epoch = node(&postgres, patient());
@@ -211,38 +182,6 @@ async fn p7_writes_go_in_batches_and_a_full_queue_drops_and_counts() {
         narrow.put(&format!("narrow {n}"), "value", &[], fence("10:20:", 50));
     }
     assert_eq!(narrow.cache.stats().l2_dropped.get(), 20);
-}
-
-#[tokio::test]
-async fn a_sweep_takes_expired_rows_but_waits_for_none_and_keeps_the_table_within_its_bytes() {
-    let postgres = postgres().await;
-    let w = node(&postgres, L2Config { max_bytes: 200_000, ..patient() });
-    w.put("7", "seven", &[], fence("10:20:", 50));
-    flush(&w).await;
-    let copies = |expires: &str, from: u32, to: u32| {
-        format!(
-            "insert into walcast.cache_entries select int4send(n), namespace, n::text, value, content_type, tags, epoch, floor, \
-             settled, snapshot_xmax, snapshot, stored_at, {expires}, etag, 0 \
-             from walcast.cache_entries, generate_series({from}, {to}) n where key = '7'"
-        )
-    };
-    postgres.execute(&copies("now() - interval '1 s'", 1, 2500)).await.unwrap();
-    let mut other = postgres.connect().await.unwrap();
-    let held = other.transaction().await.unwrap();
-    held.batch_execute("select 1 from walcast.cache_entries where hash = int4send(5) for update").await.unwrap();
-    let l2 = w.cache.l2().unwrap();
-    assert_eq!(l2.sweep().await.unwrap(), Swept { expired: 2499, evicted: 0 }, "the held row is skipped");
-    held.rollback().await.unwrap();
-    assert_eq!(l2.sweep().await.unwrap().expired, 1);
-
-    postgres.execute(&copies("now() + interval '1 s' * (1000 + n)", 3000, 3999)).await.unwrap();
-    postgres.execute("vacuum full walcast.cache_entries").await.unwrap();
-    postgres.execute("alter table walcast.cache_entries alter value set storage external").await.unwrap();
-    postgres.execute("update walcast.cache_entries set value = decode(repeat('ab', 700), 'hex')").await.unwrap();
-    let swept = l2.sweep().await.unwrap();
-    assert!(swept.evicted >= 800, "{swept:?}");
-    let live = "select coalesce(sum(octet_length(value) + 512), 0)::int8 from walcast.cache_entries";
-    assert!(number(&postgres, live).await <= 200_000);
 }
 
 #[tokio::test]

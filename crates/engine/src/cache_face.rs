@@ -2,14 +2,12 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use rand::Rng;
 use tokio_postgres::types::Type;
-use tokio_util::sync::CancellationToken;
-use walcast_cache::{AtLeast, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
+use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
 use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
 use walcast_pg::{ColumnFacts, PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
@@ -67,6 +65,8 @@ pub enum PutFailure {
 /// A shared fence is good for this long; an older one is only more careful, so this is about hit rate.
 const FENCE_AGE: Duration = Duration::from_millis(5);
 const WAIT_FOR_STREAM: Duration = Duration::from_secs(5);
+/// A miss without a ticket is better than a late one.
+const TICKET_WAIT: Duration = Duration::from_secs(1);
 const INVALIDATE_TAGS: usize = 1_000;
 
 impl Engine {
@@ -86,7 +86,11 @@ impl Engine {
 
     /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
     pub async fn cache_ticket(&self, key: &CacheKey) -> Option<String> {
-        let fence = self.core.fence().await.ok()?;
+        // While commits are not heard nothing is stored, and a database that hangs must not make a miss wait.
+        if self.core.cache.hearing() != Hearing::Live {
+            return None;
+        }
+        let fence = tokio::time::timeout(TICKET_WAIT, self.core.fence()).await.ok()?.ok()?;
         Some(self.core.cache.issue_ticket(&fence, key))
     }
 
@@ -336,22 +340,5 @@ fn as_streamed(type_name: &str, value: &str) -> Option<String> {
             (value.len() == 36 && value.char_indices().all(fits)).then(|| value.to_ascii_lowercase())
         }
         _ => Some(value.to_owned()),
-    }
-}
-
-/// Lets expired rows of L2 go, once a minute.
-pub async fn sweep(core: Arc<Core>, cancel: CancellationToken) {
-    let Some(l2) = core.cache.l2() else { return cancel.cancelled().await };
-    let mut ticks = tokio::time::interval(Duration::from_secs(60));
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => {
-                l2.flush().await;
-                return;
-            }
-            _ = ticks.tick() => if let Err(error) = l2.sweep().await {
-                tracing::debug!(%error, "expired cache rows stay for now");
-            },
-        }
     }
 }

@@ -64,6 +64,10 @@ pub struct CacheSettings {
     /// A node that has not heard its own heartbeat for this long answers nothing as fresh.
     pub max_staleness: Duration,
     pub l2: bool,
+    pub l2_max_bytes: u64,
+    pub l2_read_timeout: Duration,
+    /// Between two full clean-ups of the cache table.
+    pub upkeep_every: Duration,
     pub deaf: Deaf,
     pub namespaces: HashMap<String, NamespaceSettings>,
 }

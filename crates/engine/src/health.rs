@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use walcast_cache::Hearing;
 
-use crate::{Core, Engine, progress::StreamState};
+use crate::{Core, Engine, progress::StreamState, upkeep::l2_state};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {
@@ -64,7 +64,7 @@ impl Engine {
             "cache": {
                 "l1_entries": core.cache.l1_entries(),
                 "l1_bytes": core.cache.l1_bytes(),
-                "l2": match core.cache.l2() { None => "off", Some(l2) if l2.is_away() => "away", Some(_) => "on" },
+                "l2": l2_state(core.cache.l2()),
             },
             "uptime_s": core.started.elapsed().as_secs(),
         });
@@ -92,6 +92,13 @@ impl Engine {
             metrics::gauge!("walcast_cache_l1_bytes", &labels).set(room.bytes as f64);
             metrics::gauge!("walcast_cache_l1_capacity_bytes", &labels).set(room.capacity_bytes as f64);
             metrics::gauge!("walcast_cache_l1_entries", &labels).set(room.entries as f64);
+        }
+        if let Some(l2) = core.cache.l2() {
+            metrics::gauge!("walcast_cache_l2_away").set(f64::from(u8::from(l2.is_away())));
+            if let Some(size) = l2.size() {
+                metrics::gauge!("walcast_cache_l2_rows").set(size.rows as f64);
+                metrics::gauge!("walcast_cache_l2_bytes").set(size.bytes as f64);
+            }
         }
     }
 }

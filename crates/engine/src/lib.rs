@@ -19,6 +19,7 @@ mod readback;
 mod subscribe;
 mod subscriptions;
 mod tag_rules;
+mod upkeep;
 mod visibility;
 
 use std::{
@@ -160,7 +161,7 @@ impl Engine {
         drop(control);
 
         let clock = Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(0)));
-        let l2 = config.cache.l2.then(|| L2::start(pool.clone(), L2Config::default()));
+        let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
         let queries = CachedQueries::load(&config, &pool).map_err(EngineError::Queries)?;
         let cache = Cache::new(cache_config(&config, &queries), clock.clone(), l2);
         let core = Arc::new(Core {
@@ -225,7 +226,7 @@ impl Engine {
         spawn("announce", announce::run(core.clone(), announce_inbox).boxed());
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
-        spawn("sweep", cache_face::sweep(core.clone(), cancel.clone()).boxed());
+        spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();
         Ok(Engine { core, cancel, tasks, failed })
     }
@@ -338,6 +339,10 @@ async fn acknowledge_bytes(client: &tokio_postgres::Client, configured: u64) -> 
         Some(megabytes) if megabytes >= 0 => Ok(configured.min(((megabytes as u64) << 20) / 10)),
         _ => Ok(configured),
     }
+}
+
+fn l2_config(config: &EngineConfig) -> L2Config {
+    L2Config { max_bytes: config.cache.l2_max_bytes, read_timeout: config.cache.l2_read_timeout, ..L2Config::default() }
 }
 
 fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {

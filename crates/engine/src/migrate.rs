@@ -5,6 +5,7 @@
 
 mod cache_rights;
 mod error;
+mod persistence;
 mod serve_role;
 pub(crate) mod tables;
 
@@ -30,6 +31,8 @@ pub struct MigrateOptions {
     pub publication_realtime: String,
     /// What SQL obeys of the cache's settings.
     pub cache: CacheRights,
+    /// The cache table is logged: its values cost WAL and outlive a crash's recovery.
+    pub l2_logged: bool,
 }
 
 impl Default for MigrateOptions {
@@ -41,6 +44,7 @@ impl Default for MigrateOptions {
             publication_cache: CACHE.into(),
             publication_realtime: REALTIME.into(),
             cache: CacheRights::default(),
+            l2_logged: false,
         }
     }
 }
@@ -52,6 +56,8 @@ pub struct MigrateReport {
     pub applied: Vec<String>,
     /// Tables that were added to the cache's publication now.
     pub published: Vec<String>,
+    /// Why the cache table was made logged or unlogged now.
+    pub relogged: Option<String>,
     pub advice: Vec<Advice>,
 }
 
@@ -89,6 +95,7 @@ struct Step {
 struct Plan {
     steps: Vec<Step>,
     published: Vec<String>,
+    relogged: Option<String>,
     advice: Vec<Advice>,
 }
 
@@ -107,7 +114,7 @@ pub async fn migrate(database_url: &str, options: &MigrateOptions) -> Result<Mig
             applied.extend(step.file);
         }
     }
-    Ok(MigrateReport { applied, published: plan.published, advice: plan.advice })
+    Ok(MigrateReport { applied, published: plan.published, relogged: plan.relogged, advice: plan.advice })
 }
 
 /// The SQL that [`migrate`] would run, for psql. Without a URL: everything that needs no look at the database.
@@ -172,13 +179,18 @@ async fn plan(client: &Client, options: &MigrateOptions) -> Result<Plan, Migrate
         let lines = add.iter().map(|table| format!("alter publication {publication} add table only {};\n", table.quoted()));
         steps.push(Step { title: "tables: what the cache hears of".into(), sql: lines.collect(), file: None });
     }
+    let persistence = persistence::plan(client, options.l2_logged).await?;
+    let relogged = persistence.step.as_ref().map(|step| step.title.clone());
+    // Behind the files, which make the table.
+    steps.extend(persistence.step);
+    advice.extend(persistence.advice);
     if !realtime_exists {
         advice.push(realtime_advice(options));
     }
     if !role_exists {
         advice.push(password_advice(options));
     }
-    Ok(Plan { steps, published, advice })
+    Ok(Plan { steps, published, relogged, advice })
 }
 
 fn static_plan(options: &MigrateOptions) -> Plan {
@@ -187,7 +199,9 @@ fn static_plan(options: &MigrateOptions) -> Plan {
         sql: Some(format!("alter publication {} add table only public.orders;", quote_ident(&options.publication_cache))),
     };
     let advice = vec![left_out, realtime_advice(options), password_advice(options)];
-    Plan { steps: static_steps(options), published: Vec::new(), advice }
+    let mut steps = static_steps(options);
+    steps.extend(persistence::from_scratch(options.l2_logged));
+    Plan { steps, published: Vec::new(), relogged: None, advice }
 }
 
 /// Everything that is the same for every database.

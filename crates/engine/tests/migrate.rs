@@ -266,3 +266,34 @@ async fn a_role_that_may_not_says_whom_to_ask() -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn the_cache_table_is_logged_only_where_the_settings_say_so_and_only_once() -> anyhow::Result<()> {
+    let server = TestPostgres::start().await?;
+    let logged = MigrateOptions { l2_logged: true, ..MigrateOptions::default() };
+    let unlogged = MigrateOptions::default();
+    let persistence = async || {
+        let sql = "select relpersistence::text from pg_class where oid = 'walcast.cache_entries'::regclass";
+        anyhow::Ok(server.connect().await?.query_one(sql, &[]).await?.get::<_, String>(0))
+    };
+    migrate(&server.url(), &unlogged).await?;
+    assert_eq!(persistence().await?, "u");
+    let sql = "alter table walcast.cache_entries set logged;";
+    assert!(print(Some(&server.url()), &logged).await?.contains(sql) && print(None, &logged).await?.contains(sql));
+    assert!(!print(Some(&server.url()), &unlogged).await?.contains(sql) && !print(None, &unlogged).await?.contains(sql));
+
+    assert!(migrate(&server.url(), &logged).await?.relogged.is_some());
+    assert_eq!(persistence().await?, "p");
+    assert_eq!(migrate(&server.url(), &logged).await?.relogged, None, "once");
+    assert!(!print(Some(&server.url()), &logged).await?.contains(sql), "where it is so already, nothing is rewritten");
+    assert!(print(Some(&server.url()), &unlogged).await?.contains("alter table walcast.cache_entries set unlogged;"));
+    migrate(&server.url(), &unlogged).await?;
+    assert_eq!(persistence().await?, "u");
+
+    // Each cached value would go to whoever subscribes to such a publication.
+    server.execute("create publication all_of_it for all tables").await?;
+    let report = migrate(&server.url(), &logged).await?;
+    assert!(report.relogged.is_none() && report.advice.iter().any(|advice| advice.sentence.contains("all_of_it")), "{report:?}");
+    assert_eq!(persistence().await?, "u");
+    Ok(())
+}

@@ -80,7 +80,9 @@ impl ConnectConfig {
         if config.get_application_name().is_none() {
             config.application_name("walcast");
         }
-        config.keepalives_idle(Duration::from_secs(20));
+        // A peer that is gone without a word is given up in about half a minute, whether we wait for it or it for us.
+        config.keepalives_idle(Duration::from_secs(20)).keepalives_interval(Duration::from_secs(5)).keepalives_retries(3);
+        config.tcp_user_timeout(Duration::from_secs(30));
         Ok(ConnectConfig { config, tls, root_certificates })
     }
 

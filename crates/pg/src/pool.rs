@@ -60,16 +60,16 @@ impl Pool {
 
 impl Lease {
     /// Closes the connection instead of giving it back: its session is in a state nobody should meet. What still runs on
-    /// it is cancelled, or its backend would outlive the budget.
+    /// it is cancelled. Its place in the pool stays taken until it answers or breaks: a server that hangs would otherwise
+    /// get a new connection for each that we let go, and have them all.
     pub fn discard(self) {
-        let client = Object::take(self.0);
-        let (token, tls) = (client.cancel_token(), self.1);
-        drop(client);
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                let _ = tokio::time::timeout(Duration::from_secs(5), token.cancel_query(tls)).await;
-            });
-        }
+        let Lease(object, tls) = self;
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return drop(Object::take(object)) };
+        runtime.spawn(async move {
+            let _ = tokio::time::timeout(Duration::from_secs(5), object.cancel_token().cancel_query(tls)).await;
+            let _ = object.simple_query("rollback").await;
+            drop(Object::take(object));
+        });
     }
 }
 

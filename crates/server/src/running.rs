@@ -147,6 +147,9 @@ pub fn cache_settings(settings: &Settings) -> CacheSettings {
         strict: cache.strict,
         max_staleness: cache.max_staleness,
         l2: cache.l2,
+        l2_max_bytes: cache.l2_max_bytes,
+        l2_read_timeout: cache.l2_read_timeout,
+        upkeep_every: cache.upkeep_every,
         deaf: match cache.deaf {
             settings::Deaf::Stale => Deaf::Stale,
             settings::Deaf::Compute => Deaf::Compute,

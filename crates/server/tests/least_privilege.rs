@@ -94,12 +94,12 @@ async fn p10_the_serve_role_is_granted_its_own_schema_and_owns_nothing() -> Resu
         )
         .await?;
     let granted: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    let tables = ["walcast.state", "walcast.clock", "walcast.sentinel", "walcast.cache_entries"];
+    let tables = ["walcast.state", "walcast.clock", "walcast.sentinel", "walcast.cache_entries", "walcast.cache_cleanups"];
     let mut expected: BTreeSet<String> = tables
         .iter()
         .flat_map(|table| ["SELECT", "INSERT", "UPDATE", "DELETE"].map(|right| format!("{table} {right}")))
         .collect();
-    expected.extend(["walcast USAGE".to_owned(), "walcast.migrations SELECT".to_owned()]);
+    expected.extend(["walcast USAGE", "walcast.migrations SELECT", "walcast.cache_cleanup_days SELECT"].map(str::to_owned));
     assert_eq!(granted, expected);
 
     let owned: i64 = admin

@@ -48,6 +48,11 @@ impl L1 {
         self.room(key).get(key)
     }
 
+    /// Asked by upkeep: no use of the entry.
+    pub(crate) fn holds(&self, key: &CacheKey) -> bool {
+        self.room(key).peek(key).is_some()
+    }
+
     /// Stores unless `keep` says that the entry which is there already must stay.
     pub(crate) fn put_unless(&self, key: &CacheKey, entry: Arc<Entry>, keep: impl FnOnce(&Entry) -> bool) -> bool {
         let room = self.room(key);

@@ -40,6 +40,13 @@ begin
   loop
     execute format('grant select, insert, update, delete on %s to %I', target, serve);
   end loop;
+  for target in
+    select c.oid::regclass::text from pg_catalog.pg_class c
+    where c.relnamespace = 'walcast'::regnamespace and c.relkind = 'v' and not has_table_privilege(serve, c.oid, 'select')
+    order by 1
+  loop
+    execute format('grant select on %s to %I', target, serve);
+  end loop;
   if not has_table_privilege(serve, 'walcast.migrations', 'select') then
     execute format('grant select on walcast.migrations to %I', serve);
   end if;

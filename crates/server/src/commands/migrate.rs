@@ -15,6 +15,7 @@ pub async fn run(settings: Settings, args: MigrateArgs) -> Result<ExitCode, Fail
         publication_cache: settings.database.publication_cache,
         publication_realtime: settings.database.publication_realtime,
         cache,
+        l2_logged: settings.cache.l2_logged,
     };
     let url = settings.database.url.as_ref().map(|url| url.expose());
     if args.print {
@@ -50,11 +51,12 @@ fn with_cause(error: &dyn std::error::Error) -> String {
 }
 
 fn tell(report: &MigrateReport) {
-    if report.applied.is_empty() && report.published.is_empty() {
+    if report.applied.is_empty() && report.published.is_empty() && report.relogged.is_none() {
         println!("Nothing to do: the database is up to date.");
     }
     report.applied.iter().for_each(|file| println!("applied    {file}"));
     report.published.iter().for_each(|table| println!("published  {table}"));
+    report.relogged.iter().for_each(|why| println!("altered    {why}"));
     for advice in &report.advice {
         println!("\n{}{}", advice.sentence, if advice.sql.is_some() { ":" } else { "" });
         advice.sql.iter().flat_map(|sql| sql.lines()).for_each(|line| println!("  {line}"));

@@ -1,8 +1,9 @@
 //! The HTTP door: every path, and the state that the handlers share.
 //!
 //! [`realtime`]: WebSocket for Supabase clients. [`sse`]: event streams. [`cache`], [`query`]: reads.
-//! [`health`]: for operators. [`identity`]: who is asking. Errors are [`refusal::Refusal`]s.
+//! [`health`], [`admin`]: for operators. [`tiers`]: what every answer says of a tier that is away. [`identity`]: who is asking. Errors are [`refusal::Refusal`]s.
 
+pub mod admin;
 pub mod cache;
 pub mod health;
 pub mod identity;
@@ -12,6 +13,7 @@ pub mod query;
 pub mod realtime;
 pub mod refusal;
 pub mod sse;
+pub mod tiers;
 
 use std::{
     net::SocketAddr,
@@ -92,6 +94,7 @@ pub fn router(app: App) -> Router {
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
         .route("/query/v1/{name}", get(query::get).post(query::post))
+        .route("/admin/v1/cache", get(admin::cache))
         .route("/cache/v1/invalidate", post(cache::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",
@@ -113,6 +116,7 @@ pub fn router(app: App) -> Router {
     router
         .method_not_allowed_fallback(pages::method_not_allowed)
         .fallback(pages::not_found)
+        .layer(axum::middleware::map_response_with_state(app.clone(), tiers::tell))
         .layer(axum::middleware::map_response(common_headers))
         .with_state(app)
 }

@@ -71,6 +71,11 @@ pub struct CacheSettings {
     pub strict: bool,
     pub max_staleness: Duration,
     pub l2: bool,
+    /// For `migrate`: the table is logged.
+    pub l2_logged: bool,
+    pub l2_max_bytes: u64,
+    pub l2_read_timeout: Duration,
+    pub upkeep_every: Duration,
     pub deaf: Deaf,
     pub namespaces: BTreeMap<String, NamespaceSettings>,
 }
@@ -145,6 +150,10 @@ impl Settings {
                 strict: from.flag("cache.strict"),
                 max_staleness: from.time("cache.max_staleness"),
                 l2: from.flag("cache.l2"),
+                l2_logged: from.flag("cache.l2_logged"),
+                l2_max_bytes: from.number("cache.l2_max_bytes"),
+                l2_read_timeout: from.time("cache.l2_read_timeout"),
+                upkeep_every: from.time("cache.upkeep_every"),
                 deaf: if from.text("cache.deaf") == "compute" { Deaf::Compute } else { Deaf::Stale },
                 namespaces,
             },

@@ -85,6 +85,22 @@ pub const SETTINGS: &[Setting] = &[
     setting("cache.max_staleness", TIME, "5s", "5s", "Without news from the stream for this long, nothing is answered as fresh"),
     setting("cache.l2", Kind::Flag, "true", "false", "Keep values in PostgreSQL too, so that they survive a restart"),
     setting(
+        "cache.l2_logged",
+        Kind::Flag,
+        "false",
+        "true",
+        "Write the cached values to the WAL, so that they outlive a crash's recovery as files; `migrate` changes the table",
+    ),
+    setting("cache.l2_max_bytes", BYTES, "1GiB", "4GiB", "Cached values in PostgreSQL; past it those of least use go"),
+    setting("cache.l2_read_timeout", TIME, "250ms", "250ms", "A read of PostgreSQL's cache table that takes longer is skipped"),
+    setting(
+        "cache.upkeep_every",
+        Kind::Time { least_ms: 1_000 },
+        "1h",
+        "1h",
+        "How often the cache table is cleaned of what is over, never asked for, or of least use",
+    ),
+    setting(
         "cache.deaf",
         Kind::Choice(&["stale", "compute"]),
         "stale",

@@ -1,0 +1,509 @@
+//! What every cache must do, whatever its tiers: in memory, in memory over PostgreSQL, and in PostgreSQL alone as far as
+//! a reader can see; then again with something wrong between us and PostgreSQL.
+//!
+//! Under a fault any answer may be a miss. No answer may be wrong. Two broken tiers show that the suite notices.
+
+mod common;
+
+use std::{
+    cell::{Cell, RefCell},
+    pin::Pin,
+    time::Duration,
+};
+
+use common::{
+    World, computed, fence, key,
+    l2::{node_of, patient, postgres},
+    refusal, told, value, world_with,
+};
+use walcast_cache::{AtLeast, Cache, CacheConfig, ComputeOptions, Hearing, L2Config, Lookup, NamespaceConfig, PutError, Refusal};
+use walcast_model::{Epoch, Fence, Floor, Lsn, Stamp, Tag, Xid};
+use walcast_testkit::{Proxy, TestPostgres};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tiers {
+    Memory,
+    MemoryOverTable,
+    /// Memory forgets before each read.
+    Table,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    Slow,
+    Hang,
+    Cut,
+    Garbage,
+    Refuse,
+}
+
+/// A tier that is wrong on purpose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Broken {
+    No,
+    /// Answers what the table has, and asks no clock.
+    NotJudged,
+    /// Hears of commits and forgets to raise their tags.
+    Deaf,
+}
+
+struct Subject {
+    world: World,
+    tiers: Tiers,
+    fault: Fault,
+    broken: Broken,
+    proxy: Option<Proxy>,
+    url: Option<String>,
+    steps: Cell<u32>,
+    /// Keys and values that no cache with this clock may ever answer as fresh again.
+    over: RefCell<Vec<(String, String)>>,
+}
+
+type Outcome = Result<(), String>;
+type Behaviour = (&'static str, fn(&Subject) -> Pin<Box<dyn Future<Output = Outcome> + '_>>);
+
+macro_rules! behaviours {
+    ($($name:ident),* $(,)?) => { &[$((stringify!($name), |subject| Box::pin($name(subject)))),*] };
+}
+
+const BEHAVIOURS: &[Behaviour] = behaviours![
+    what_is_put_is_got_whole_and_nothing_else_is,
+    many_keys_are_answered_in_their_order,
+    a_commit_ends_what_it_touched_and_nothing_else,
+    a_commit_that_the_snapshot_saw_ends_nothing,
+    a_value_without_a_commit_that_touched_it_is_not_kept,
+    an_older_fence_never_takes_the_place_of_a_newer_one,
+    a_hand_ends_a_key_a_namespace_or_everything,
+    a_moved_floor_ends_everything,
+    another_epoch_knows_nothing_of_this_one,
+    an_entry_ends_with_its_time,
+    how_long_it_may_be_stale_and_that_nothing_is_there_are_kept,
+    without_the_stream_nothing_is_fresh,
+    a_freshness_that_is_asked_for_is_proven,
+    limits_are_kept_at_the_door,
+    what_is_computed_is_answered_and_kept,
+];
+
+fn config() -> CacheConfig {
+    let stale = NamespaceConfig { grace: Duration::from_secs(600), ttl_jitter: 0.0, ..NamespaceConfig::default() };
+    CacheConfig { namespaces: [("stale".to_owned(), stale)].into(), max_value_bytes: 64 << 10, ..CacheConfig::default() }
+}
+
+impl Subject {
+    async fn new(postgres: Option<&TestPostgres>, tiers: Tiers, fault: Fault, broken: Broken) -> Subject {
+        let proxy = match (postgres, fault) {
+            (Some(postgres), Fault::None) => (None, Some(postgres.url())),
+            (Some(postgres), _) => {
+                let proxy = Proxy::to(postgres.port()).await.unwrap();
+                let url = postgres.url_through(&proxy);
+                (Some(proxy), Some(url))
+            }
+            (None, _) => (None, None),
+        };
+        let (proxy, url) = proxy;
+        let limits = match fault {
+            Fault::None => patient(),
+            _ => L2Config {
+                read_timeout: Duration::from_millis(60),
+                write_timeout: Duration::from_millis(120),
+                ..L2Config::default()
+            },
+        };
+        let world = match &url {
+            Some(url) => node_of(url, limits, config()),
+            None => world_with(config(), None),
+        };
+        Subject { world, tiers, fault, broken, proxy, url, steps: Cell::new(0), over: RefCell::default() }
+    }
+
+    /// Before each step, in turn: two steps with the fault, one without.
+    fn disturb(&self) {
+        let Some(proxy) = &self.proxy else { return };
+        self.steps.set(self.steps.get() + 1);
+        if self.steps.get().is_multiple_of(3) {
+            return proxy.resume();
+        }
+        match self.fault {
+            Fault::None => {}
+            Fault::Slow => proxy.slow(Duration::from_millis(40)),
+            Fault::Hang => proxy.pause(),
+            Fault::Cut => proxy.cut(),
+            Fault::Garbage => proxy.garble(),
+            Fault::Refuse => proxy.refuse(),
+        }
+    }
+
+    async fn put(&self, name: &str, text: &str, tags: &[&str], fence: Fence) -> Option<Refusal> {
+        self.disturb();
+        let stored = self.world.put(name, text, tags, fence);
+        self.flush().await;
+        refusal(&stored)
+    }
+
+    async fn flush(&self) {
+        if let Some(l2) = self.world.cache.l2() {
+            l2.flush().await;
+        }
+    }
+
+    fn commit(&self, lsn: u64, xid: u64, tags: &[&str]) {
+        let tags = if self.broken == Broken::Deaf { &[] } else { tags };
+        self.world.commit(lsn, xid, tags);
+    }
+
+    async fn look(&self, name: &str, at_least: AtLeast) -> Lookup {
+        self.disturb();
+        if self.tiers == Tiers::Table {
+            self.world.cache.clear_local();
+        }
+        self.world.cache.get(&key(name), at_least).await
+    }
+
+    async fn get(&self, name: &str) -> String {
+        match self.broken {
+            Broken::NotJudged => self.row(name).await,
+            _ => told(&self.look(name, AtLeast::Any).await),
+        }
+    }
+
+    /// The broken tier: the row as it is.
+    async fn row(&self, name: &str) -> String {
+        let (client, connection) = tokio_postgres::connect(self.url.as_deref().unwrap(), tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        let sql = "select value from walcast.cache_entries where namespace = $1 and key = $2";
+        let key = key(name);
+        let rows = client.query(sql, &[&key.namespace(), &key.key()]).await.unwrap();
+        rows.first().map_or("miss absent".into(), |row| format!("hit {}", String::from_utf8_lossy(row.get(0))))
+    }
+
+    /// Under a fault a miss may stand for a hit, and for any other miss; a hit for nothing but itself.
+    async fn expect(&self, name: &str, expected: &str) -> Outcome {
+        let answer = self.get(name).await;
+        self.compare(&format!("of {name}"), &answer, expected)
+    }
+
+    fn compare(&self, what: &str, answer: &str, expected: &str) -> Outcome {
+        let missed = self.fault != Fault::None && answer.starts_with("miss");
+        // Which reason a miss has depends on which tier was asked last.
+        let same = answer == expected || (answer.starts_with("miss") && expected == "miss");
+        if same || missed { Ok(()) } else { Err(format!("{what}: {answer} instead of {expected}")) }
+    }
+
+    /// From here on `text` is over.
+    async fn ended(&self, name: &str, text: &str) -> Outcome {
+        self.over.borrow_mut().push((name.to_owned(), text.to_owned()));
+        self.expect(name, "miss").await
+    }
+
+    /// With all well again, and by a cache that has just begun: what was over is over.
+    async fn nothing_comes_back(&self) -> Outcome {
+        let Some(postgres) = &self.url else { return Ok(()) };
+        if let Some(proxy) = &self.proxy {
+            proxy.resume();
+        }
+        let fresh = node_of(postgres, patient(), config());
+        let cache = Cache::new(config(), self.world.clock.clone(), fresh.cache.l2().cloned());
+        cache.set_hearing(Hearing::Live);
+        cache.set_epoch(self.world.cache.epoch());
+        let over = self.over.borrow().clone();
+        for (name, text) in over {
+            let answer = told(&cache.get(&key(&name), AtLeast::Any).await);
+            if answer == format!("hit {text}") {
+                return Err(format!("{text} of {name} came back"));
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn what_is_put_is_got_whole_and_nothing_else_is(s: &Subject) -> Outcome {
+    let text = "seven, \"quoted\"\n\\ é \u{0}";
+    s.put("whole", text, &["patients:id=7", "a"], fence("10:20:12,15", 0x16_0000_0050)).await;
+    s.expect("whole", &format!("hit {text}")).await?;
+    s.expect("whole too", "miss absent").await?;
+    s.expect("other/whole", "miss absent").await?;
+    let Lookup::Hit { entry, .. } = s.look("whole", AtLeast::Any).await else {
+        return s.compare("the second look", "miss", "hit");
+    };
+    let tags: Vec<&str> = entry.tags.iter().map(Tag::as_str).collect();
+    let whole = (tags, &*entry.content_type, entry.fence.snapshot.to_string(), entry.fence.settled);
+    let expected = (vec!["patients:id=7", "a"], "text/plain", "10:20:12,15".to_owned(), Lsn(0x16_0000_0050));
+    if whole == expected { Ok(()) } else { Err(format!("{whole:?} instead of {expected:?}")) }
+}
+
+async fn many_keys_are_answered_in_their_order(s: &Subject) -> Outcome {
+    for name in ["m1", "m2", "m3"] {
+        s.put(name, name, &[name], fence("10:20:", 50)).await;
+    }
+    s.commit(100, 20, &["m2"]);
+    s.disturb();
+    if s.tiers == Tiers::Table {
+        s.world.cache.clear_local();
+    }
+    let keys = ["m3", "none", "m2", "m1", "m3"].map(key);
+    let answers = s.world.cache.get_many(&keys, AtLeast::Any).await;
+    for (lookup, expected) in answers.iter().zip(["hit m3", "miss", "miss", "hit m1", "hit m3"]) {
+        s.compare("in its place", &told(lookup), expected)?;
+    }
+    s.ended("m2", "m2").await
+}
+
+async fn a_commit_ends_what_it_touched_and_nothing_else(s: &Subject) -> Outcome {
+    for n in ["c7", "c8", "c9"] {
+        s.put(n, n, &[&format!("patients:id={n}")], fence("10:20:", 50)).await;
+    }
+    s.commit(100, 20, &["patients:id=c7"]);
+    s.ended("c7", "c7").await?;
+    s.expect("c8", "hit c8").await?;
+    s.commit(110, 21, &["patients:id=*"]);
+    s.ended("c8", "c8").await?;
+    s.ended("c9", "c9").await?;
+    s.put("c7", "c7 anew", &["patients:id=c7"], fence("30:30:", 110)).await;
+    s.expect("c7", "hit c7 anew").await
+}
+
+async fn a_commit_that_the_snapshot_saw_ends_nothing(s: &Subject) -> Outcome {
+    s.put("seen", "seen", &["t:id=1"], fence("10:20:", 50)).await;
+    s.commit(100, 12, &["t:id=1"]);
+    s.expect("seen", "hit seen").await
+}
+
+async fn a_value_without_a_commit_that_touched_it_is_not_kept(s: &Subject) -> Outcome {
+    s.commit(100, 15, &["t:id=2"]);
+    let refused = s.put("late", "old", &["t:id=2"], fence("10:20:15", 90)).await;
+    if s.broken == Broken::No && refused != Some(Refusal::Touched) {
+        return Err(format!("a value of before was stored: {refused:?}"));
+    }
+    s.ended("late", "old").await?;
+    s.put("late", "new", &["t:id=2"], fence("10:21:", 90)).await;
+    s.expect("late", "hit new").await
+}
+
+async fn an_older_fence_never_takes_the_place_of_a_newer_one(s: &Subject) -> Outcome {
+    s.put("back", "newer", &[], fence("10:30:", 100)).await;
+    for older in [fence("10:29:", 100), fence("10:99:", 99)] {
+        if s.tiers == Tiers::Table {
+            s.world.cache.clear_local();
+        }
+        s.put("back", "older", &[], older).await;
+        // Both are true. Where the newer one was lost on its way, the older is as good.
+        let answer = s.get("back").await;
+        if s.fault == Fault::None || answer != "hit older" {
+            s.compare("of back", &answer, "hit newer")?;
+        }
+    }
+    Ok(())
+}
+
+async fn a_hand_ends_a_key_a_namespace_or_everything(s: &Subject) -> Outcome {
+    let tags = [Tag::key(&key("by/hand")), Tag::namespace("by"), Tag::everything()];
+    for (at, tag) in (1..).zip(tags) {
+        let text = format!("hand {at}");
+        s.put("by/hand", &text, &[], fence("10:20:", 100 * at)).await;
+        s.expect("by/hand", &format!("hit {text}")).await?;
+        if s.broken != Broken::Deaf {
+            s.world.clock.raise(tag.hash(), Stamp::unseen(Lsn(100 * at + 50)));
+        }
+        s.ended("by/hand", &text).await?;
+    }
+    Ok(())
+}
+
+async fn a_moved_floor_ends_everything(s: &Subject) -> Outcome {
+    s.put("floor", "below", &[], fence("10:20:", 50)).await;
+    s.world.clock.move_floor(Floor(2));
+    s.ended("floor", "below").await?;
+    s.put("floor", "above", &[], Fence { floor: Floor(2), ..fence("1:2:", 1) }).await;
+    s.expect("floor", "hit above").await
+}
+
+async fn another_epoch_knows_nothing_of_this_one(s: &Subject) -> Outcome {
+    s.put("epoch", "of seven", &[], fence("10:20:", 50)).await;
+    s.world.cache.set_epoch(Epoch(8));
+    s.ended("epoch", "of seven").await?;
+    s.put("epoch", "of eight", &[], fence("1:2:", 1)).await;
+    s.expect("epoch", "hit of eight").await
+}
+
+async fn an_entry_ends_with_its_time(s: &Subject) -> Outcome {
+    let mut short = value("short", &[]);
+    short.ttl = Some(Duration::from_secs(1));
+    s.disturb();
+    s.world.cache.put(&key("short"), short, fence("10:20:", 50)).unwrap();
+    s.flush().await;
+    let began = tokio::time::Instant::now();
+    let patience = if s.broken == Broken::No { 60 } else { 3 };
+    while s.get("short").await.starts_with("hit") {
+        if began.elapsed() > Duration::from_secs(patience) {
+            return Err("it lives for ever".into());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    // Under a fault that may have been another miss.
+    tokio::time::sleep_until(began + Duration::from_secs(1)).await;
+    s.ended("short", "short").await
+}
+
+async fn how_long_it_may_be_stale_and_that_nothing_is_there_are_kept(s: &Subject) -> Outcome {
+    let mut nothing = value("", &[]);
+    nothing.negative = true;
+    nothing.ttl = Some(Duration::from_secs(60));
+    s.disturb();
+    s.world.cache.put(&key("stale/nothing"), nothing, fence("10:20:", 50)).unwrap();
+    s.flush().await;
+    let Lookup::Hit { entry, .. } = s.look("stale/nothing", AtLeast::Any).await else {
+        return s.compare("of nothing", "miss", "hit");
+    };
+    let stale_for = entry.stale_until - entry.expires_at;
+    if entry.negative && stale_for == 600_000 { Ok(()) } else { Err(format!("{} and {stale_for} ms", entry.negative)) }
+}
+
+async fn without_the_stream_nothing_is_fresh(s: &Subject) -> Outcome {
+    s.put("deaf", "kept", &[], fence("10:20:", 50)).await;
+    s.world.cache.set_hearing(Hearing::Lost { since_ms: 1 });
+    s.expect("deaf", "stale kept").await?;
+    s.compare("that must be fresh", &told(&s.look("deaf", AtLeast::Xid(Xid(1))).await), "miss not_hearing")?;
+    let refused = s.put("deaf too", "new", &[], fence("10:20:", 50)).await;
+    if refused != Some(Refusal::NotHearing) {
+        return Err(format!("stored without the stream: {refused:?}"));
+    }
+    s.expect("deaf too", "miss absent").await?;
+    s.world.cache.set_hearing(Hearing::Live);
+    s.expect("deaf", "hit kept").await
+}
+
+async fn a_freshness_that_is_asked_for_is_proven(s: &Subject) -> Outcome {
+    s.put("proof", "p", &["p:id=1"], fence("10:20:", 50)).await;
+    s.commit(120, 30, &["q:id=1"]);
+    for (at_least, expected) in [
+        (AtLeast::Xid(Xid(12)), "hit p"),
+        (AtLeast::Xid(Xid(25)), "miss"),
+        (AtLeast::Lsn(Lsn(120)), "hit p"),
+        (AtLeast::Lsn(Lsn(121)), "miss"),
+    ] {
+        s.compare(&format!("{at_least:?}"), &told(&s.look("proof", at_least).await), expected)?;
+    }
+    Ok(())
+}
+
+async fn limits_are_kept_at_the_door(s: &Subject) -> Outcome {
+    let large = "x".repeat(64 << 10);
+    s.put("large", &large, &[], fence("10:20:", 50)).await;
+    s.expect("large", &format!("hit {large}")).await?;
+    let put = |value| s.world.cache.put(&key("limits"), value, fence("10:20:", 50));
+    let too_large = matches!(put(value(&format!("{large}x"), &[])), Err(PutError::TooLarge { .. }));
+    let tags: Vec<String> = (0..65).map(|n| format!("t:id={n}")).collect();
+    let tags: Vec<&str> = tags.iter().map(String::as_str).collect();
+    let too_many = matches!(put(value("x", &tags)), Err(PutError::TooManyTags { .. }));
+    let mut brief = value("x", &[]);
+    brief.ttl = Some(Duration::from_millis(999));
+    let too_brief = matches!(put(brief), Err(PutError::Ttl(_)));
+    s.flush().await;
+    s.expect("limits", "miss absent").await?;
+    if too_large && too_many && too_brief { Ok(()) } else { Err(format!("{too_large} {too_many} {too_brief}")) }
+}
+
+async fn what_is_computed_is_answered_and_kept(s: &Subject) -> Outcome {
+    let options = ComputeOptions { timeout: Duration::from_secs(60), ..ComputeOptions::default() };
+    for (text, lsn) in [("first", 50), ("second", 130)] {
+        s.disturb();
+        let compute = || async { Ok::<_, String>(computed(text, &["k:id=1"], fence(&format!("{lsn}:{lsn}:"), lsn))) };
+        // P6: whatever is wrong with a tier, the reader has his answer.
+        let answer =
+            s.world.cache.get_or_compute(&key("computed"), &options, compute).await.map_err(|error| error.to_string())?;
+        if answer.entry.value != text.as_bytes() {
+            return Err(format!("{:?} instead of {text}", answer.entry.value));
+        }
+        s.flush().await;
+        s.expect("computed", &format!("hit {text}")).await?;
+        s.commit(lsn + 50, lsn + 20, &["k:id=1"]);
+        s.ended("computed", text).await?;
+    }
+    Ok(())
+}
+
+/// What each behaviour did wrong, and how often the table failed us.
+async fn run(postgres: Option<&TestPostgres>, tiers: Tiers, fault: Fault, broken: Broken) -> (Vec<String>, u64) {
+    let (mut wrong, mut errors) = (Vec::new(), 0);
+    for (name, behaviour) in BEHAVIOURS {
+        if let Some(postgres) = postgres {
+            postgres.execute("truncate walcast.cache_entries").await.unwrap();
+        }
+        let subject = Subject::new(postgres, tiers, fault, broken).await;
+        let outcome = match behaviour(&subject).await {
+            Ok(()) => subject.nothing_comes_back().await,
+            wrong => wrong,
+        };
+        wrong.extend(outcome.err().map(|why| format!("{name}: {why}")));
+        errors += subject.world.cache.stats().l2_errors.get();
+    }
+    (wrong, errors)
+}
+
+#[tokio::test]
+async fn in_memory() {
+    assert_eq!(run(None, Tiers::Memory, Fault::None, Broken::No).await, (vec![], 0));
+}
+
+#[tokio::test]
+async fn in_memory_over_postgresql_and_in_postgresql_alone() {
+    let postgres = postgres().await;
+    for tiers in [Tiers::MemoryOverTable, Tiers::Table] {
+        assert_eq!(run(Some(&postgres), tiers, Fault::None, Broken::No).await, (vec![], 0), "{tiers:?}");
+    }
+}
+
+/// Nothing wrong, and yet the fault was felt.
+async fn holds_under(fault: Fault) {
+    let postgres = postgres().await;
+    for tiers in [Tiers::MemoryOverTable, Tiers::Table] {
+        let (wrong, errors) = run(Some(&postgres), tiers, fault, Broken::No).await;
+        assert_eq!(wrong, Vec::<String>::new(), "{tiers:?}, {fault:?}");
+        assert!(errors > 10, "{tiers:?}: {fault:?} was felt {errors} times only");
+    }
+}
+
+#[tokio::test]
+async fn p5_p6_over_a_slow_connection() {
+    holds_under(Fault::Slow).await;
+}
+
+#[tokio::test]
+async fn p5_p6_while_the_network_is_silent() {
+    holds_under(Fault::Hang).await;
+}
+
+#[tokio::test]
+async fn p5_p6_while_connections_are_cut() {
+    holds_under(Fault::Cut).await;
+}
+
+#[tokio::test]
+async fn p5_p6_while_answers_are_garbage() {
+    holds_under(Fault::Garbage).await;
+}
+
+#[tokio::test]
+async fn p5_p6_while_nobody_is_let_in() {
+    holds_under(Fault::Refuse).await;
+}
+
+#[tokio::test]
+async fn a_tier_that_answers_rows_without_judging_them_is_noticed() {
+    let postgres = postgres().await;
+    let (wrong, _) = run(Some(&postgres), Tiers::Table, Fault::None, Broken::NotJudged).await;
+    for name in
+        ["a_commit_ends_what_it_touched", "a_hand_ends", "a_moved_floor", "another_epoch", "an_entry_ends", "without_the_stream"]
+    {
+        assert!(wrong.iter().any(|why| why.starts_with(name)), "{name} noticed nothing: {wrong:#?}");
+    }
+}
+
+#[tokio::test]
+async fn a_cache_that_raises_no_tags_is_noticed() {
+    let (wrong, _) = run(None, Tiers::Memory, Fault::None, Broken::Deaf).await;
+    for name in ["many_keys", "a_commit_ends_what_it_touched", "a_hand_ends", "what_is_computed"] {
+        assert!(wrong.iter().any(|why| why.starts_with(name)), "{name} noticed nothing: {wrong:#?}");
+    }
+}

@@ -1,0 +1,353 @@
+//! P4, P5, P6 and the connection half of P8 seen from outside, while PostgreSQL is killed, hangs, falls silent, or loses
+//! our slot: many readers and a writer go on all the time, and somebody counts our connections.
+//!
+//! No reader meets an error of the cache, nothing stays stale, and Walcast is never started anew.
+
+mod support;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use futures_util::future::try_join_all;
+use serde_json::Value;
+use support::{
+    DEADLINE, SERVE_ROLE, Server, migrate,
+    reads::{By, Reads, Seen},
+};
+use tokio::{process::Command, task::JoinHandle};
+use walcast_testkit::{Proxy, TestPostgres, wait};
+
+const ITEMS: i64 = 200;
+const BUDGET: i64 = 10;
+
+const SCHEMA: &str = "create table items (id bigint primary key, version bigint not null);
+    insert into items select i, 1 from generate_series(1, 200) i;
+    grant select on items to service_role;";
+
+const ITEM: &str = "-- name: item\n-- param: id bigint\nselect id, version from items where id = $1\n";
+
+struct Scene {
+    postgres: TestPostgres,
+    server: Server,
+    proxy: Proxy,
+    reads: Reads,
+    _queries: tempfile::TempDir,
+}
+
+async fn scene() -> Result<Scene> {
+    let postgres = TestPostgres::start().await?;
+    migrate(&postgres, SCHEMA, &["items"]).await?;
+    let queries = tempfile::tempdir()?;
+    std::fs::write(queries.path().join("item.sql"), ITEM)?;
+    let dir = queries.path().to_string_lossy().into_owned();
+    let proxy = Proxy::to(postgres.port()).await?;
+    let url = format!("postgres://{SERVE_ROLE}@127.0.0.1:{}/postgres", proxy.port());
+    let budget = BUDGET.to_string();
+    let settings = [("WALCAST_QUERIES__DIR", dir.as_str()), ("WALCAST_DATABASE__MAX_CONNECTIONS", budget.as_str())];
+    let server = Server::start_at(&url, &settings).await?;
+    let reads = Reads::service(&server);
+    Ok(Scene { postgres, server, proxy, reads, _queries: queries })
+}
+
+fn by_key(id: i64) -> String {
+    format!("/cache/v1/items/{id}")
+}
+
+fn by_query(id: i64) -> String {
+    format!("/query/v1/item?id={id}")
+}
+
+/// Goes on until the scene is over.
+struct Busy {
+    over: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<Result<()>>>,
+    most_connections: Arc<AtomicU64>,
+    answered: Arc<AtomicU64>,
+    hits: Arc<AtomicU64>,
+}
+
+impl Busy {
+    fn start(scene: &Scene) -> Busy {
+        let over = Arc::new(AtomicBool::new(false));
+        let [most_connections, answered, hits] = [0; 3].map(|_| Arc::new(AtomicU64::new(0)));
+        let mut tasks = Vec::new();
+        for reader in 0..8 {
+            let (reads, over, answered, hits) = (scene.reads.clone(), over.clone(), answered.clone(), hits.clone());
+            tasks.push(tokio::spawn(async move {
+                for step in 0.. {
+                    if over.load(Ordering::Acquire) {
+                        break;
+                    }
+                    let id = (step * 7 + reader * 31) % ITEMS + 1;
+                    let path = if step % 2 == 0 { by_key(id) } else { by_query(id) };
+                    let seen =
+                        tokio::time::timeout(DEADLINE, reads.get(&path)).await.with_context(|| format!("{path} hangs"))??;
+                    no_error(&path, &seen)?;
+                    answered.fetch_add(1, Ordering::Relaxed);
+                    hits.fetch_add(u64::from(seen.is_hit()), Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                Ok(())
+            }));
+        }
+        let (direct, stop) = (scene.postgres.url(), over.clone());
+        tasks.push(tokio::spawn(async move {
+            for step in 0_i64.. {
+                if stop.load(Ordering::Acquire) {
+                    break;
+                }
+                let id = step % ITEMS + 1;
+                let sql = format!("update items set version = version + 1 where id = {id}");
+                // While PostgreSQL is away there is nothing to write to.
+                let _ = tokio::time::timeout(Duration::from_secs(2), run(&direct, &sql)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok(())
+        }));
+        let (direct, stop, most) = (scene.postgres.url(), over.clone(), most_connections.clone());
+        tasks.push(tokio::spawn(async move {
+            while !stop.load(Ordering::Acquire) {
+                let _ = tokio::time::timeout(Duration::from_secs(2), count_connections(&direct, &stop, &most)).await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            Ok(())
+        }));
+        Busy { over, tasks, most_connections, answered, hits }
+    }
+
+    async fn end(self) -> Result<()> {
+        self.over.store(true, Ordering::Release);
+        for task in self.tasks {
+            task.await??;
+        }
+        ensure!(self.answered.load(Ordering::Relaxed) > 100 && self.hits.load(Ordering::Relaxed) > 10, "the readers idled");
+        let most = self.most_connections.load(Ordering::Relaxed) as i64;
+        ensure!(most > 3, "the counter saw nothing: {most}");
+        ensure!(most <= BUDGET, "P8: {most} connections of a budget of {BUDGET}");
+        Ok(())
+    }
+}
+
+async fn run(url: &str, sql: &str) -> Result<()> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client.batch_execute(sql).await?)
+}
+
+/// Until the connection breaks or the time is up; the most is kept.
+async fn count_connections(url: &str, stop: &AtomicBool, most: &AtomicU64) -> Result<()> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    let sql = format!("select count(*) from pg_stat_activity where usename = '{SERVE_ROLE}'");
+    while !stop.load(Ordering::Acquire) {
+        let count: i64 = client.query_one(&sql, &[]).await?.get(0);
+        most.fetch_max(count as u64, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+/// P6: the cache answers or misses; a query may say that the database is away, and how to go on.
+fn no_error(path: &str, seen: &Seen) -> Result<()> {
+    if path.starts_with("/cache") {
+        ensure!(matches!(seen.status, 200 | 404), "{path}: {seen:?}");
+        return Ok(());
+    }
+    ensure!(matches!(seen.status, 200 | 503 | 504), "{path}: {seen:?}");
+    if seen.status != 200 {
+        ensure!(seen.json()?["hint"].as_str().is_some_and(|hint| !hint.is_empty()), "{path}: no hint in {seen:?}");
+    }
+    Ok(())
+}
+
+impl Scene {
+    async fn truth(&self) -> Result<HashMap<i64, i64>> {
+        let rows = self.postgres.connect().await?.query("select id, version from items", &[]).await?;
+        Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    }
+
+    /// Every miss that comes with a ticket, as an application does it.
+    async fn fill_all(&self) -> Result<()> {
+        let client = self.postgres.connect().await?;
+        for id in 1..=ITEMS {
+            let (path, query) = (by_key(id), by_query(id));
+            if let Some(ticket) = self.reads.get(&path).await?.ticket {
+                let row = client.query_one("select version from items where id = $1", &[&id]).await?;
+                let version = row.get::<_, i64>(0).to_string();
+                self.reads.put(&path, By::Ticket(&ticket), &format!("items:id={id}"), &version).await?;
+            }
+            no_error(&query, &self.reads.get(&query).await?)?;
+        }
+        Ok(())
+    }
+
+    /// Two hundred readers at once, the moment that all is well again.
+    async fn herd(&self) -> Result<()> {
+        let read = |id: i64| {
+            let reads = self.reads.clone();
+            async move {
+                let (path, query) = (by_key(id), by_query(id));
+                no_error(&path, &reads.get(&path).await?)?;
+                no_error(&query, &reads.get(&query).await?)
+            }
+        };
+        try_join_all((1..=ITEMS).map(read)).await.map(drop)
+    }
+
+    /// With the writer gone: what is answered as fresh is what stands in the table, now and from now on.
+    async fn all_is_fresh(&self) -> Result<()> {
+        self.server.wait_ready(true).await?;
+        self.reads.heard().await?;
+        let truth = self.truth().await?;
+        for (id, version) in &truth {
+            let seen = self.reads.get(&by_key(*id)).await?;
+            ensure!(!seen.is_fresh_hit() || seen.body == version.to_string(), "stale for ever: {id} is {version}, not {seen:?}");
+            let path = by_query(*id);
+            wait::until(DEADLINE, "queries are answered again", async || {
+                self.reads.get(&path).await.is_ok_and(|seen| seen.status == 200)
+            })
+            .await?;
+            let seen = self.reads.get(&path).await?;
+            ensure!(seen.json()?[0]["version"] == *version, "stale for ever: {id} is {version}, not {seen:?}");
+        }
+        // And the cache works again: what is filled is kept.
+        self.fill_all().await?;
+        wait::until(DEADLINE, "what is filled is kept", async || {
+            self.reads.get(&by_key(1)).await.is_ok_and(|seen| seen.is_fresh_hit())
+        })
+        .await?;
+        Ok(())
+    }
+
+    async fn l2_state(&self) -> Result<String> {
+        let report: Value = reqwest::get(format!("{}/readyz", self.server.url)).await?.json().await?;
+        Ok(report["cache"]["l2"].as_str().unwrap_or_default().to_owned())
+    }
+
+    async fn backends(&self) -> Result<Vec<i32>> {
+        let sql = "select pid from pg_stat_activity where usename = $1";
+        let rows = self.postgres.connect().await?.query(sql, &[&SERVE_ROLE]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+}
+
+/// Only processes of our own PostgreSQL, by their ids.
+async fn signal(name: &str, pids: &[i32]) -> Result<()> {
+    let pids: Vec<String> = pids.iter().map(i32::to_string).collect();
+    // One that has ended meanwhile needs no signal.
+    Command::new("kill").arg(name).args(pids).stderr(std::process::Stdio::null()).status().await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_p6_p8_postgresql_is_killed_under_load_and_comes_back() -> Result<()> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    for _ in 0..2 {
+        scene.postgres.kill9().await?;
+        scene.server.wait_ready(false).await?;
+        scene.herd().await?;
+        scene.postgres.start_again().await?;
+        scene.herd().await?;
+        scene.server.wait_ready(true).await?;
+        scene.herd().await?;
+        scene.fill_all().await?;
+    }
+    busy.end().await?;
+    scene.all_is_fresh().await?;
+    scene.server.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_p6_p8_the_network_falls_silent_under_load() -> Result<()> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    scene.proxy.pause();
+    scene.server.wait_ready(false).await?;
+    wait::until(DEADLINE, "the second tier is left alone", async || {
+        // Only a reader whom L1 cannot serve asks it.
+        let _ = scene.reads.get(&by_key(ITEMS + 1)).await;
+        scene.l2_state().await.is_ok_and(|state| state == "away")
+    })
+    .await?;
+    let seen = scene.reads.get(&by_key(1)).await?;
+    ensure!(seen.cache_status.contains("; l2=away\""), "it is said on every answer: {seen:?}");
+    let metrics = reqwest::get(format!("{}/metrics", scene.server.url)).await?.text().await?;
+    ensure!(metrics.contains("walcast_cache_l2_away 1"), "{metrics}");
+    scene.herd().await?;
+    scene.proxy.resume();
+    scene.herd().await?;
+    scene.server.wait_ready(true).await?;
+    scene.herd().await?;
+    wait::until(DEADLINE, "the second tier is used again", async || {
+        // A trial takes a reader whom L1 cannot serve.
+        let _ = scene.reads.get(&by_key(ITEMS + 1)).await;
+        scene.l2_state().await.is_ok_and(|state| state == "on")
+    })
+    .await?;
+    let seen = scene.reads.get(&by_key(1)).await?;
+    ensure!(!seen.cache_status.contains("l2=away"), "{seen:?}");
+    busy.end().await?;
+    scene.all_is_fresh().await?;
+    scene.server.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_p6_p8_the_backends_of_postgresql_hang_under_load() -> Result<()> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    let hung = scene.backends().await?;
+    signal("-STOP", &hung).await?;
+    let outcome = async {
+        scene.server.wait_ready(false).await?;
+        scene.herd().await
+    };
+    let outcome = outcome.await;
+    signal("-CONT", &hung).await?;
+    outcome?;
+    scene.herd().await?;
+    scene.server.wait_ready(true).await?;
+    scene.herd().await?;
+    busy.end().await?;
+    scene.all_is_fresh().await?;
+    scene.server.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p5_p6_p8_the_slot_is_dropped_under_load() -> Result<()> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    let before = scene.reads.get(&by_key(1)).await?.position;
+    let sql = "do $$ begin loop
+            begin
+                perform pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'walcast' and active_pid is not null;
+                perform pg_drop_replication_slot('walcast');
+                exit;
+            exception when object_in_use then perform pg_sleep(0.001);
+            end;
+        end loop; end $$";
+    scene.postgres.execute(sql).await?;
+    scene.herd().await?;
+    wait::until(DEADLINE, "a new epoch begins", async || {
+        let epoch = |position: &str| position.split('/').next().map(str::to_owned);
+        scene.reads.get(&by_key(1)).await.is_ok_and(|seen| epoch(&seen.position) != epoch(&before))
+    })
+    .await?;
+    scene.server.wait_ready(true).await?;
+    scene.herd().await?;
+    scene.fill_all().await?;
+    busy.end().await?;
+    scene.all_is_fresh().await?;
+    scene.server.stop().await
+}
