@@ -49,9 +49,13 @@ fn reader(
 ) -> JoinHandle<Outcome> {
     let (cache, gate) = (cache.clone(), gate.clone());
     tokio::spawn(async move {
-        let compute = || async {
-            gate.pass().await;
-            answer()
+        let answer = Arc::new(answer);
+        let compute = move || {
+            let (gate, answer) = (gate.clone(), answer.clone());
+            async move {
+                gate.pass().await;
+                answer()
+            }
         };
         cache.get_or_compute(&key("graceful/7"), &options, compute).await
     })
@@ -297,7 +301,7 @@ async fn p6_a_value_that_does_not_fit_is_returned_all_the_same() {
     let w = world_with(CacheConfig { max_value_bytes: 3, max_tags: 1, ..CacheConfig::default() }, None);
     let refusal = async |value: Computed| {
         let compute = || async { Ok::<_, String>(value.clone()) };
-        w.cache.get_or_compute(&key("7"), &options(), compute).await.unwrap().refusal
+        w.cache.get_or_compute_inline(&key("7"), &options(), compute).await.unwrap().refusal
     };
     assert_eq!(refusal(computed("four", &[], fence("10:20:", 50))).await, Some(Refusal::TooLarge));
     assert_eq!(refusal(computed("one", &["a", "b"], fence("10:20:", 50))).await, Some(Refusal::TooManyTags));

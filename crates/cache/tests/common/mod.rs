@@ -57,8 +57,8 @@ pub fn value(text: &str, tags: &[&str]) -> NewValue {
 }
 
 pub fn computed(text: &str, tags: &[&str], fence: Fence) -> Computed {
-    let NewValue { value, content_type, tags, ttl, .. } = value(text, tags);
-    Computed { value, content_type, tags, fence, ttl }
+    let NewValue { value, content_type, tags, ttl, negative } = value(text, tags);
+    Computed { value, content_type, tags, fence, ttl, negative }
 }
 
 /// `snapshot` as PostgreSQL writes it.
