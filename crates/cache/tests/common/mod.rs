@@ -1,6 +1,8 @@
 //! A cache over a real tag clock, and short names for what the tests say again and again.
 #![allow(dead_code)]
 
+pub mod readers;
+
 use std::sync::Arc;
 
 use walcast_cache::{Cache, CacheConfig, Computed, Hearing, L2, Lookup, NamespaceConfig, NewValue, Refusal, Stored};
