@@ -3,6 +3,7 @@
 //! `cargo run -p walcast-cache --example embedded`
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -32,16 +33,16 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     // What is slow, and how often it ran.
     let runs = Arc::new(AtomicUsize::new(0));
     let price_of = |article: &'static str| {
+        let tags = Tag::parse(&format!("article:{article}")).into_iter().collect::<Vec<_>>();
         let (cache, runs) = (cache.clone(), runs.clone());
         move || {
             // Before the first read: what is invalidated from here on, this value may lack.
             let fence = cache.external_fence();
-            let runs = runs.clone();
+            let (tags, runs) = (tags.clone(), runs.clone());
             async move {
-                let tags = vec![Tag::parse(&format!("article:{article}")).map_err(|error| error.to_string())?];
                 let run = runs.fetch_add(1, Ordering::Relaxed) + 1;
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                Ok::<_, String>(match article {
+                Ok::<_, Infallible>(match article {
                     "unicorn" => Computed::nothing(tags, fence),
                     _ => Computed::new(format!("{{\"cents\": {}}}", run * 100), "application/json", tags, fence),
                 })

@@ -14,7 +14,6 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use tokio::time::Instant;
 use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
 
 use crate::{
@@ -45,7 +44,7 @@ pub(crate) struct Inner {
     /// Who computes what is old.
     pub(crate) turns: Turns,
     /// Who computes what is missing, as far as callers put it themselves.
-    first_turns: Turns,
+    pub(crate) first_turns: Turns,
     pub(crate) leases: Leases,
     /// Does any namespace refresh ahead? Spares all other hits a look.
     pub(crate) refreshes_ahead: bool,
@@ -333,29 +332,6 @@ impl Cache {
             }
         }
         keys.iter().zip(answers).map(|(key, answer)| self.counted(self.or_stale(key, at_least, answer))).collect()
-    }
-
-    fn or_stale(&self, key: &CacheKey, at_least: AtLeast, look: Lookup) -> Lookup {
-        match look {
-            Lookup::Miss { .. } => self.stale_instead(key, at_least).unwrap_or(look),
-            hit => hit,
-        }
-    }
-
-    /// True for one of those who were answered a stale entry: he should put it anew. For 10 seconds, or until a put.
-    pub fn take_turn(&self, key: &CacheKey) -> bool {
-        self.0.turns.take(key, CacheConfig::TURN, Instant::now()) == Some(true)
-    }
-
-    /// The same for those who found nothing. Only advice: with too many keys missing at a time all are told to go ahead.
-    pub fn take_first_turn(&self, key: &CacheKey) -> bool {
-        self.0.first_turns.take(key, CacheConfig::TURN, Instant::now()) != Some(false)
-    }
-
-    /// Whoever took a turn cannot use it.
-    pub fn give_turn_back(&self, key: &CacheKey) {
-        self.0.turns.clear(key);
-        self.0.first_turns.clear(key);
     }
 
     /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].

@@ -235,15 +235,20 @@ impl Cache {
             self.0.stats.forced.add(1);
             return AtOnce::Nothing;
         }
+        let may_be_old = detach == Detach::Can && options.may_be_stale();
         let reason = match self.look_l1(key, options.at_least).map(|hit| self.counted(hit)) {
             Ok(Lookup::Hit { entry, tier, stale: None }) => return AtOnce::Fresh(Answer::of(entry, Source::Tier(tier))),
+            // Old by somebody's wish.
+            Ok(Lookup::Hit { entry, tier, stale: Some(why) }) if may_be_old && why != Stale::StreamLost => {
+                return AtOnce::Old(Answer { stale: Some(why), ..Answer::of(entry, Source::Tier(tier)) });
+            }
             // Marked stale only because the stream is lost: here we can compute.
             Ok(_) => return AtOnce::Nothing,
             Err(reason) => reason,
         };
-        let may = detach == Detach::Can && is_over(reason) && options.may_be_stale();
         // Without the stream nothing could be stored: better wait for a value than begin what serves nobody.
-        if may
+        if may_be_old
+            && is_over(reason)
             && self.hearing() == Hearing::Live
             && let Some(entry) = self.old_to_revalidate(key, options.secured())
         {

@@ -79,7 +79,7 @@ impl Reader {
                 Ok(true) => {
                     let lease = Lease { l2: l2.clone(), key: self.key.clone(), holder: leases.holder.clone() };
                     // The holder before us may have written the row between our look and our lease.
-                    return match if pause == FIRST_PAUSE { None } else { self.from_l2().await } {
+                    return match if pause == FIRST_PAUSE { None } else { self.ask_l2().await } {
                         Some(answer) => Turn::Answered(Box::new(answer)),
                         None => Turn::Ours(Some(lease)),
                     };
@@ -92,7 +92,7 @@ impl Reader {
             }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
-            if let Some(answer) = self.from_l2().await {
+            if let Some(answer) = self.ask_l2().await {
                 return Turn::Answered(Box::new(answer));
             }
         }

@@ -147,7 +147,7 @@ impl Reader {
         if let Some(answer) = self.usable(self.cache.look_l1(&self.key, self.options.at_least).ok()) {
             return Ok(answer);
         }
-        if let Some(answer) = self.from_l2().await {
+        if let Some(answer) = self.ask_l2().await {
             return Ok(answer);
         }
         // Let go after the value is in the writer's queue, or the next holder would look for it too early.
@@ -158,7 +158,7 @@ impl Reader {
         Ok(self.keep(compute().await?))
     }
 
-    pub(crate) async fn from_l2(&self) -> Option<Answer> {
+    pub(crate) async fn ask_l2(&self) -> Option<Answer> {
         if self.cache.0.judge.is_lost() {
             return None;
         }

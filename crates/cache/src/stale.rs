@@ -63,6 +63,13 @@ impl Cache {
         self.stale_instead(key, at_least)
     }
 
+    pub(crate) fn or_stale(&self, key: &CacheKey, at_least: AtLeast, look: Lookup) -> Lookup {
+        match look {
+            Lookup::Miss { .. } => self.stale_instead(key, at_least).unwrap_or(look),
+            hit => hit,
+        }
+    }
+
     /// In place of a miss. By key nobody reads what row security stands behind.
     pub(crate) fn stale_instead(&self, key: &CacheKey, at_least: AtLeast) -> Option<Lookup> {
         if at_least != AtLeast::Any {

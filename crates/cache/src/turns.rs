@@ -8,6 +8,8 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use walcast_model::CacheKey;
 
+use crate::{Cache, CacheConfig};
+
 pub(crate) struct Turns {
     taken: Mutex<HashMap<CacheKey, Instant>>,
     max: usize,
@@ -40,6 +42,24 @@ impl Turns {
 
     pub(crate) fn clear(&self, key: &CacheKey) {
         self.taken.lock().remove(key);
+    }
+}
+
+impl Cache {
+    /// True for one of those who were answered a stale entry: he should put it anew. For 10 seconds, or until a put.
+    pub fn take_turn(&self, key: &CacheKey) -> bool {
+        self.0.turns.take(key, CacheConfig::TURN, Instant::now()) == Some(true)
+    }
+
+    /// The same for those who found nothing. Only advice: with too many keys missing at a time all are told to go ahead.
+    pub fn take_first_turn(&self, key: &CacheKey) -> bool {
+        self.0.first_turns.take(key, CacheConfig::TURN, Instant::now()) != Some(false)
+    }
+
+    /// Whoever took a turn cannot use it.
+    pub fn give_turn_back(&self, key: &CacheKey) {
+        self.0.turns.clear(key);
+        self.0.first_turns.clear(key);
     }
 }
 

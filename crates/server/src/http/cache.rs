@@ -45,7 +45,9 @@ pub async fn get(
     let mut response = match look {
         Some(Lookup::Hit { entry, tier, stale }) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-            let ticket = if stale == Some(Stale::Revalidate) { app.engine.cache_refresh_ticket(&key).await } else { None };
+            // Without the stream nothing could be stored.
+            let to_be_put_anew = stale.is_some_and(|stale| stale != Stale::StreamLost);
+            let ticket = if to_be_put_anew { app.engine.cache_refresh_ticket(&key).await } else { None };
             let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
             if entry.negative {
                 status = format!("walcast; hit; ttl={}; detail=negative", entry.ttl(now).as_secs());
