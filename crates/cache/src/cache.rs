@@ -23,10 +23,15 @@ use crate::{
     flight::Flights,
     invalidate::Judge,
     l1::L1,
+    lease::Leases,
+    refresh::Background,
+    stale::is_over,
+    turns::Turns,
 };
 
+/// The work in the background ends with the last handle that owns it; that work itself holds handles that own nothing.
 #[derive(Clone)]
-pub struct Cache(pub(crate) Arc<Inner>);
+pub struct Cache(pub(crate) Arc<Inner>, pub(crate) Option<Arc<Background>>);
 
 pub(crate) struct Inner {
     pub(crate) config: CacheConfig,
@@ -35,7 +40,14 @@ pub(crate) struct Inner {
     pub(crate) judge: Judge,
     pub(crate) l1: L1,
     pub(crate) l2: Option<L2>,
-    pub(crate) flights: Flights,
+    pub(crate) flights: Arc<Flights>,
+    /// Who computes what is old.
+    pub(crate) turns: Turns,
+    /// Who computes what is missing, as far as callers put it themselves.
+    pub(crate) first_turns: Turns,
+    pub(crate) leases: Leases,
+    /// Does any namespace refresh ahead? Spares all other hits a look.
+    pub(crate) refreshes_ahead: bool,
     pub(crate) stats: Arc<Stats>,
     tickets: Tickets,
     epoch: AtomicU32,
@@ -63,6 +75,10 @@ pub enum Stale {
     StreamLost,
     /// Old, answered because computing failed.
     Grace,
+    /// Old, answered while somebody computes it anew.
+    Revalidate,
+    /// Old, answered because computing takes longer than the reader would wait.
+    SoftTimeout,
 }
 
 impl Stale {
@@ -70,6 +86,8 @@ impl Stale {
         match self {
             Stale::StreamLost => "stream_lost",
             Stale::Grace => "grace",
+            Stale::Revalidate => "revalidate",
+            Stale::SoftTimeout => "soft_timeout",
         }
     }
 }
@@ -101,10 +119,12 @@ pub enum Refusal {
     TtlTooShort,
     ContentType,
     UnknownNamespace,
+    /// There is nothing, and the namespace does not keep that.
+    Negative,
 }
 
 impl Refusal {
-    pub const ALL: [Refusal; 9] = [
+    pub const ALL: [Refusal; 10] = [
         Refusal::Touched,
         Refusal::NotHearing,
         Refusal::FloorMoved,
@@ -114,6 +134,7 @@ impl Refusal {
         Refusal::TtlTooShort,
         Refusal::ContentType,
         Refusal::UnknownNamespace,
+        Refusal::Negative,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -127,6 +148,7 @@ impl Refusal {
             Refusal::TtlTooShort => "ttl_too_short",
             Refusal::ContentType => "content_type_invalid",
             Refusal::UnknownNamespace => "unknown_namespace",
+            Refusal::Negative => "negative_not_kept",
         }
     }
 }
@@ -149,6 +171,8 @@ pub enum PutError {
     Ttl(Duration),
     #[error("a content type is at most 255 printable ASCII characters, such as application/json")]
     ContentType,
+    #[error("namespace `{0}` does not keep that there is nothing; set negative_ttl of [cache.namespaces.{0}]")]
+    Negative(String),
 }
 
 impl PutError {
@@ -159,6 +183,7 @@ impl PutError {
             PutError::TooManyTags { .. } => "too_many_tags",
             PutError::Ttl(_) => "ttl_out_of_range",
             PutError::ContentType => "content_type_invalid",
+            PutError::Negative(_) => "negative_not_kept",
         }
     }
 }
@@ -168,17 +193,30 @@ impl Cache {
     pub fn new(config: CacheConfig, clock: Arc<TagClock>, l2: Option<L2>) -> Cache {
         coarse_clock::start();
         let stats = l2.as_ref().map_or_else(Arc::default, |l2| l2.stats().clone());
-        Cache(Arc::new(Inner {
+        let background = Arc::new(Background::new(config.max_background));
+        let ahead = |namespace: &NamespaceConfig| namespace.refresh_ahead.is_some();
+        let refreshes_ahead = ahead(&config.unnamed) || config.namespaces.values().any(ahead);
+        let inner = Inner {
             judge: Judge::new(clock, now_ms()),
             l1: L1::new(&config),
-            flights: Flights::new(config.max_flights, config.max_joiners),
+            flights: Arc::new(Flights::new(config.max_flights, config.max_joiners)),
+            turns: Turns::new(config.max_flights),
+            first_turns: Turns::new(config.max_flights),
+            leases: Leases::new(config.lease),
+            refreshes_ahead,
             tickets: Tickets::new(&config.ticket_secret, config.ticket_life),
             epoch: AtomicU32::new(0),
             namespaces: config.namespaces.iter().map(|(name, namespace)| (name.as_str().into(), namespace.clone())).collect(),
             config,
             l2,
             stats,
-        }))
+        };
+        Cache(Arc::new(inner), Some(background))
+    }
+
+    /// For work in the background: does not keep it alive.
+    pub(crate) fn unowned(&self) -> Cache {
+        Cache(self.0.clone(), None)
     }
 
     pub fn config(&self) -> &CacheConfig {
@@ -264,20 +302,28 @@ impl Cache {
         self.counted(self.look_l1(key, at_least).unwrap_or_else(|reason| Lookup::Miss { reason }))
     }
 
-    /// L1, then L2. A hit of L2 moves up.
+    /// L1, then L2. A hit of L2 moves up. Within the namespace's `stale_while_revalidate` an old entry is answered, marked
+    /// stale: [`Cache::take_turn`] says to one caller that it is for him to put it anew.
     pub async fn get(&self, key: &CacheKey, at_least: AtLeast) -> Lookup {
         let reason = match self.look_l1(key, at_least) {
             Ok(hit) => return self.counted(hit),
             Err(reason) => reason,
         };
+        if let Some(stale) = self.stale_at_once(key, at_least) {
+            return self.counted(stale);
+        }
         let mut looks = self.look_l2(&[key], at_least).await;
-        self.counted(looks.pop().flatten().unwrap_or(Lookup::Miss { reason }))
+        let look = looks.pop().flatten().unwrap_or(Lookup::Miss { reason });
+        self.counted(self.or_stale(key, at_least, look))
     }
 
     /// In the order of the keys, with one statement for what L1 has not.
     pub async fn get_many(&self, keys: &[CacheKey], at_least: AtLeast) -> Vec<Lookup> {
-        let mut answers: Vec<_> =
-            keys.iter().map(|key| self.look_l1(key, at_least).unwrap_or_else(|reason| Lookup::Miss { reason })).collect();
+        let look = |key: &CacheKey| {
+            let looked = self.look_l1(key, at_least);
+            looked.unwrap_or_else(|reason| self.stale_at_once(key, at_least).unwrap_or(Lookup::Miss { reason }))
+        };
+        let mut answers: Vec<_> = keys.iter().map(look).collect();
         let open: Vec<usize> = (0..keys.len()).filter(|i| matches!(answers[*i], Lookup::Miss { .. })).collect();
         let open_keys: Vec<&CacheKey> = open.iter().map(|i| &keys[*i]).collect();
         for (i, look) in open.into_iter().zip(self.look_l2(&open_keys, at_least).await) {
@@ -285,7 +331,7 @@ impl Cache {
                 answers[i] = look;
             }
         }
-        answers.into_iter().map(|answer| self.counted(answer)).collect()
+        keys.iter().zip(answers).map(|(key, answer)| self.counted(self.or_stale(key, at_least, answer))).collect()
     }
 
     /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].
@@ -302,12 +348,36 @@ impl Cache {
         if !content_type_is_valid(&value.content_type) {
             return Err(PutError::ContentType);
         }
-        let ttl = value.ttl.or(namespace.ttl).unwrap_or(config.default_ttl);
+        // Stored or refused, his turn is over.
+        self.give_turn_back(key);
+        let ttl = config.ttl(namespace, value.ttl, value.negative);
+        let ttl = ttl.ok_or_else(|| PutError::Negative(key.namespace().to_owned()))?;
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        let entry = Arc::new(Entry::new(key, value, Life::within(ttl, namespace), fence, now_ms()));
-        Ok(self.store(key, entry))
+        Ok(self.store(key, self.entry(key, namespace, value, ttl, fence)))
+    }
+
+    /// What every entry of the namespace has is added here.
+    pub(crate) fn entry(
+        &self,
+        key: &CacheKey,
+        namespace: &NamespaceConfig,
+        mut value: NewValue,
+        ttl: Duration,
+        fence: Fence,
+    ) -> Arc<Entry> {
+        for tag in &namespace.tags {
+            if !value.tags.contains(tag) {
+                value.tags.push(tag.clone());
+            }
+        }
+        let mut life = Life::within(ttl, namespace);
+        // "There is nothing" is never answered stale: it is cheap to find out again.
+        if value.negative {
+            life.stale = Duration::ZERO;
+        }
+        Arc::new(Entry::new(key, value, life, fence, now_ms()))
     }
 
     pub(crate) fn store(&self, key: &CacheKey, entry: Arc<Entry>) -> Stored {
@@ -324,6 +394,7 @@ impl Cache {
         if let Some(l2) = self.l2_of(key) {
             l2.write(key, &entry);
         }
+        self.give_turn_back(key);
         self.0.stats.stores.add(1);
         Stored::Yes { entry }
     }
@@ -355,7 +426,7 @@ impl Cache {
         self.0.tickets.verify(ticket, key, self.epoch(), now_ms())
     }
 
-    /// Judged, not counted. What is over leaves L1, unless the namespace may answer it when computing fails.
+    /// Judged, not counted. What is over leaves L1, unless the namespace may answer it stale.
     pub(crate) fn look_l1(&self, key: &CacheKey, at_least: AtLeast) -> Result<Lookup, MissReason> {
         let namespace = self.namespace(key.namespace()).ok_or(MissReason::UnknownNamespace)?;
         let entry = self.0.l1.get(key).ok_or(MissReason::Absent)?;
@@ -363,8 +434,7 @@ impl Cache {
             Ok(stale) => return Ok(Lookup::Hit { entry, tier: Tier::L1, stale }),
             Err(reason) => reason,
         };
-        let is_over = matches!(reason, MissReason::Expired | MissReason::Invalidated);
-        if is_over && !(namespace.serve_invalidated && self.0.judge.grace(&entry)) {
+        if is_over(reason) && !self.is_worth_keeping(namespace, &entry) {
             self.0.l1.remove(key, &entry);
         }
         Err(reason)
@@ -380,14 +450,20 @@ impl Cache {
             let entry = Arc::new(read.next()??);
             // The clock is asked now, after the row arrived: whatever the row missed meanwhile, or while L2 was
             // away or we were not running, the clock knows by the row's fence.
-            let stale = match self.judged(&entry, at_least) {
-                Ok(stale) => stale,
-                Err(reason) => return Some(Lookup::Miss { reason }),
-            };
-            l2.note_hit(key);
             let rank = entry.fence.age_rank();
-            self.0.l1.put_unless(key, entry.clone(), |there| there.fence.age_rank() >= rank && self.is_valid(there));
-            Some(Lookup::Hit { entry, tier: Tier::L2, stale })
+            match self.judged(&entry, at_least) {
+                Ok(stale) => {
+                    l2.note_hit(key);
+                    self.0.l1.put_unless(key, entry.clone(), |there| there.fence.age_rank() >= rank && self.is_valid(there));
+                    Some(Lookup::Hit { entry, tier: Tier::L2, stale })
+                }
+                Err(reason) => {
+                    if is_over(reason) && self.is_worth_keeping(self.namespace(key.namespace())?, &entry) {
+                        self.0.l1.put_unless(key, entry, |there| there.fence.age_rank() >= rank || self.is_valid(there));
+                    }
+                    Some(Lookup::Miss { reason })
+                }
+            }
         };
         keys.iter().map(|key| look(key)).collect()
     }
@@ -398,7 +474,7 @@ impl Cache {
 
     /// External values stay in L1: no commit speaks of them, so a write that L2 dropped would let the value before
     /// it come back as fresh.
-    fn l2_of(&self, key: &CacheKey) -> Option<&L2> {
+    pub(crate) fn l2_of(&self, key: &CacheKey) -> Option<&L2> {
         self.namespace(key.namespace()).filter(|namespace| !namespace.external).and(self.0.l2.as_ref())
     }
 
@@ -421,13 +497,16 @@ impl Cache {
     pub(crate) fn counted(&self, lookup: Lookup) -> Lookup {
         let stats = &self.0.stats;
         match &lookup {
-            Lookup::Hit { tier, stale, .. } => {
+            Lookup::Hit { tier, stale, entry } => {
                 match tier {
                     Tier::L1 => stats.hits_l1.add(1),
                     Tier::L2 => stats.hits_l2.add(1),
                 }
                 if stale.is_some() {
                     stats.stale.add(1);
+                }
+                if entry.negative {
+                    stats.negatives.add(1);
                 }
             }
             Lookup::Miss { reason } => stats.misses(*reason).add(1),

@@ -1,19 +1,24 @@
 //! Reads through the cache and computes on a miss, once for all who ask meanwhile.
 //!
-//! Called by the engine for what the server itself can compute. Never lets a reader share a value that lacks a commit
-//! he may have heard of, and never stores one that lacks a commit on its tags.
+//! Called by the engine for what the server itself can compute, and by any Rust program. What a single reader goes through
+//! is in `reader`, what may be answered stale in `stale`, what goes on without a reader in `refresh`.
 
-use std::{any::Any, error::Error, fmt, future::Future, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    future::Future,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use tokio::time::{Instant, sleep, timeout_at};
-use walcast_model::{CacheKey, Fence, Lsn, Tag};
+use tokio::time::timeout_at;
+use walcast_model::{CacheKey, Fence, Tag};
 
 use crate::{
-    AtLeast, Cache, CacheConfig, Entry, Lookup, NewValue, Refusal, Stale, Stored, Tier,
-    cache::content_type_is_valid,
-    entry::{Life, now_ms},
-    flight::{Boarding, Landing},
+    AtLeast, Cache, Entry, Hearing, Lookup, Refusal, Stale, Tier,
+    reader::Reader,
+    stale::{Secured, is_over},
 };
 
 #[derive(Debug, Clone)]
@@ -23,13 +28,36 @@ pub struct ComputeOptions {
     pub at_least: AtLeast,
     /// For all of it: waiting for others, reading L2, computing.
     pub timeout: Duration,
-    /// The value is under no row security, so an old one may be answered if computing fails and the namespace says so.
+    /// After it an old entry that may be answered is answered, marked stale, and the computation goes on in the
+    /// background. None: wait for the value.
+    pub soft_timeout: Option<Duration>,
+    /// Compute, whatever the tiers hold, and store. Shares only what others began after this call; never answered stale.
+    pub force: bool,
+    /// The value is under no row security, so one that a commit invalidated may be answered, marked stale, where the
+    /// namespace says so.
     pub grace: bool,
 }
 
 impl Default for ComputeOptions {
     fn default() -> ComputeOptions {
-        ComputeOptions { ttl: None, at_least: AtLeast::Any, timeout: Duration::from_secs(10), grace: false }
+        ComputeOptions {
+            ttl: None,
+            at_least: AtLeast::Any,
+            timeout: Duration::from_secs(10),
+            soft_timeout: None,
+            force: false,
+            grace: false,
+        }
+    }
+}
+
+impl ComputeOptions {
+    pub(crate) fn secured(&self) -> Secured {
+        if self.grace { Secured::No } else { Secured::Yes }
+    }
+
+    fn may_be_stale(&self) -> bool {
+        self.at_least == AtLeast::Any && !self.force
     }
 }
 
@@ -41,6 +69,20 @@ pub struct Computed {
     /// Of the snapshot that the value was read in.
     pub fence: Fence,
     pub ttl: Option<Duration>,
+    /// There is nothing: kept for the namespace's `negative_ttl`, and falls with its tags like any value.
+    pub negative: bool,
+}
+
+impl Computed {
+    /// `fence` was taken at or before the first read.
+    pub fn new(value: impl Into<Bytes>, content_type: &str, tags: Vec<Tag>, fence: Fence) -> Computed {
+        Computed { value: value.into(), content_type: content_type.into(), tags, fence, ttl: None, negative: false }
+    }
+
+    /// What was looked for does not exist. Its tags are those of what would make it exist.
+    pub fn nothing(tags: Vec<Tag>, fence: Fence) -> Computed {
+        Computed { negative: true, ..Computed::new(Bytes::new(), "application/octet-stream", tags, fence) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +100,17 @@ pub struct Answer {
     pub stale: Option<Stale>,
     /// Why a computed value was not stored.
     pub refusal: Option<Refusal>,
+}
+
+impl Answer {
+    pub(crate) fn of(entry: Arc<Entry>, source: Source) -> Answer {
+        Answer { entry, source, stale: None, refusal: None }
+    }
+
+    /// There is nothing, and that is known.
+    pub fn is_negative(&self) -> bool {
+        self.entry.negative
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,24 +145,20 @@ impl<E: Error + 'static> Error for ComputeError<E> {
     }
 }
 
-/// After so many landings that a reader could not share he computes for himself.
-const SHARED_ROUNDS: usize = 2;
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(200);
-
-/// One reader, and what he may have heard of when he came.
-struct Reader<'a> {
-    cache: &'a Cache,
-    key: &'a CacheKey,
-    options: &'a ComputeOptions,
-    came: Instant,
-    heard: Lsn,
-    deadline: Instant,
+/// What is there without waiting.
+enum AtOnce {
+    Fresh(Answer),
+    /// To be answered stale while it is computed anew.
+    Old(Answer),
+    Nothing,
 }
 
 impl Cache {
-    /// `compute` runs at most a few times, each time with its fence taken at or before its first read.
-    /// Dropping the future drops the computation; a waiting reader then begins his own.
+    /// The value: from a tier, from somebody who computes it already, or computed. `compute` runs at most a few times,
+    /// each time taking its fence at or before its first read. It owns what it needs, because it may go on in the
+    /// background: past the soft timeout, while an old entry is answered, or ahead of an entry's end.
+    ///
+    /// Dropping the future drops a computation that is not in the background; a waiting reader then begins his own.
     pub async fn get_or_compute<F, Fut, E>(
         &self,
         key: &CacheKey,
@@ -117,191 +166,124 @@ impl Cache {
         compute: F,
     ) -> Result<Answer, ComputeError<E>>
     where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<Computed, E>>,
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Computed, E>> + Send + 'static,
         E: Clone + Send + Sync + 'static,
     {
-        let came = Instant::now();
-        let deadline = came + options.timeout;
-        let reader = Reader { cache: self, key, options, came, heard: self.0.judge.raised_to(), deadline };
-        match self.counted(self.look_l1(key, options.at_least).unwrap_or_else(|reason| Lookup::Miss { reason })) {
-            Lookup::Hit { entry, tier, stale: None } => return Ok(Answer::of(entry, Source::Tier(tier))),
-            // Marked stale only because the stream is lost: here we can compute.
-            Lookup::Hit { .. } | Lookup::Miss { .. } => {}
-        }
-        let after_ms = options.timeout.as_millis() as u64;
-        let outcome = timeout_at(deadline, reader.fly(compute)).await.unwrap_or(Err(ComputeError::TimedOut { after_ms }));
-        match outcome {
-            Err(error) => {
-                self.0.stats.compute_errors.add(1);
-                reader.grace().ok_or(error)
-            }
-            answer => answer,
-        }
-    }
-}
-
-impl Reader<'_> {
-    async fn fly<F, Fut, E>(&self, mut compute: F) -> Result<Answer, ComputeError<E>>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<Computed, E>>,
-        E: Clone + Send + Sync + 'static,
-    {
-        self.reach().await?;
-        let stats = &self.cache.0.stats;
-        let mut rounds = 0;
-        while rounds < SHARED_ROUNDS {
-            match self.cache.0.flights.board(self.key) {
-                Boarding::Lead(lead) => {
-                    rounds += 1;
-                    stats.flights.add(1);
-                    let answer = match self.lead(&mut compute).await {
-                        Ok(answer) => answer,
-                        Err(error) => {
-                            lead.land(Landing::Error(Arc::new(error.clone())));
-                            return Err(ComputeError::Failed(error));
-                        }
-                    };
-                    let began = lead.began.into();
-                    lead.land(Landing::Value(answer.entry.clone()));
-                    if self.may_share(&answer.entry, began) {
-                        return Ok(answer);
-                    }
+        match self.at_once(key, options, Detach::Can) {
+            AtOnce::Fresh(answer) => {
+                if self.is_refresh_due(key, &answer.entry) {
+                    self.refresh(key, options, &answer.entry, compute);
                 }
-                Boarding::Join(join) => {
-                    stats.joins.add(1);
-                    let began = join.began.into();
-                    match join.landed().await {
-                        Some(Landing::Value(entry)) => {
-                            rounds += 1;
-                            if self.may_share(&entry, began) {
-                                return Ok(Answer::of(entry, Source::Shared));
-                            }
-                        }
-                        Some(Landing::Error(error)) => {
-                            rounds += 1;
-                            if let Some(error) = own_error(&*error) {
-                                return Err(ComputeError::Failed(error));
-                            }
-                        }
-                        // The leader went: his place is free. Not a round, the deadline bounds it.
-                        None => stats.leaders_lost.add(1),
-                    }
-                }
-                Boarding::Full => break,
-            }
-        }
-        self.alone(compute).await
-    }
-
-    /// What this reader would share with those who wait: from a tier, else computed.
-    async fn lead<F, Fut, E>(&self, compute: &mut F) -> Result<Answer, E>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<Computed, E>>,
-    {
-        // Who led before us may have landed between our look and our boarding.
-        if let Ok(Lookup::Hit { entry, tier, stale: None }) = self.cache.look_l1(self.key, self.options.at_least) {
-            return Ok(Answer::of(entry, Source::Tier(tier)));
-        }
-        if !self.cache.0.judge.is_lost()
-            && let Some(Lookup::Hit { entry, tier, stale: None }) = self.cache.look_l2_one(self.key, self.options.at_least).await
-        {
-            self.cache.0.stats.hits_l2.add(1);
-            return Ok(Answer::of(entry, Source::Tier(tier)));
-        }
-        Ok(self.keep(compute().await?))
-    }
-
-    /// For one reader only: his computation began after he came, so it has what he was told of, whatever its fence
-    /// can prove. Only a freshness that he asked for must be proven, and is waited for.
-    async fn alone<F, Fut, E>(&self, mut compute: F) -> Result<Answer, ComputeError<E>>
-    where
-        F: FnMut() -> Fut,
-        Fut: Future<Output = Result<Computed, E>>,
-    {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            self.cache.0.stats.alone.add(1);
-            let answer = self.keep(compute().await.map_err(ComputeError::Failed)?);
-            if self.cache.0.judge.contains(&answer.entry, self.options.at_least) {
                 return Ok(answer);
             }
-            if Instant::now() + pause >= self.deadline {
-                return Err(ComputeError::Behind);
+            AtOnce::Old(answer) => {
+                self.refresh(key, options, &answer.entry, compute);
+                return Ok(answer);
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            AtOnce::Nothing => {}
         }
-    }
-
-    /// Computing before the stream has come that far could prove nothing.
-    async fn reach<E>(&self) -> Result<(), ComputeError<E>> {
-        match self.options.at_least {
-            AtLeast::Lsn(lsn) => timeout_at(self.deadline, self.cache.0.judge.reach(lsn)).await.map_err(|_| ComputeError::Behind),
-            AtLeast::Any | AtLeast::Xid(_) => Ok(()),
+        let reader = Reader::new(self.unowned(), key.clone(), options.clone());
+        let (computes, came) = (reader.computes.clone(), reader.came);
+        let mut flight = Box::pin(async move { reader.in_time(&compute).await });
+        if let Some(soft) = options.soft_timeout.filter(|_| options.may_be_stale()) {
+            match timeout_at(came + soft, &mut flight).await {
+                Ok(outcome) => return self.or_grace(key, options, outcome),
+                Err(_) => {
+                    if let Some(entry) = self.old_in_grace(key, options.secured()) {
+                        let answer = Ok(self.stale(entry, Stale::SoftTimeout));
+                        // Who only waits for somebody else's computation may just go.
+                        if !computes.load(Ordering::Acquire) {
+                            return answer;
+                        }
+                        if let Some(room) = self.room() {
+                            self.go_on(room, async move { drop(flight.await) });
+                            return answer;
+                        }
+                        // No room for another one in the background: the reader stays, for stale is worse than slow.
+                    }
+                }
+            }
         }
+        let outcome = flight.await;
+        self.or_grace(key, options, outcome)
     }
 
-    fn may_share(&self, entry: &Entry, began: Instant) -> bool {
-        let judge = &self.cache.0.judge;
-        // Without the stream the clock does not know what was committed since: share only what began after we came.
-        let in_time = began >= self.came || !judge.is_lost();
-        in_time && judge.covers(entry, self.heard) && judge.contains(entry, self.options.at_least)
+    /// The same for a computation that borrows from its caller. It ends with him, so nothing goes on in the background:
+    /// no soft timeout, no stale answer while it is computed, no refresh ahead.
+    pub async fn get_or_compute_inline<F, Fut, E>(
+        &self,
+        key: &CacheKey,
+        options: &ComputeOptions,
+        compute: F,
+    ) -> Result<Answer, ComputeError<E>>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = Result<Computed, E>>,
+        E: Clone + Send + Sync + 'static,
+    {
+        if let AtOnce::Fresh(answer) = self.at_once(key, options, Detach::Cannot) {
+            return Ok(answer);
+        }
+        let reader = Reader::new(self.unowned(), key.clone(), options.clone());
+        let outcome = reader.in_time(&compute).await;
+        self.or_grace(key, options, outcome)
     }
 
-    /// Makes the entry, and stores it if it may be stored. Whatever is wrong with it, its reader gets it.
-    fn keep(&self, computed: Computed) -> Answer {
-        let config = self.cache.config();
-        let namespace = self.cache.namespace(self.key.namespace());
-        let namespace_ttl = namespace.and_then(|namespace| namespace.ttl);
-        let ttl = self.options.ttl.or(computed.ttl).or(namespace_ttl).unwrap_or(config.default_ttl);
-        let unfit = if namespace.is_none() {
-            Some(Refusal::UnknownNamespace)
-        } else if computed.value.len() > config.max_value_bytes {
-            Some(Refusal::TooLarge)
-        } else if computed.tags.len() > config.max_tags {
-            Some(Refusal::TooManyTags)
-        } else if !content_type_is_valid(&computed.content_type) {
-            Some(Refusal::ContentType)
-        } else if ttl < CacheConfig::MIN_TTL {
-            // Rounded up, it would be answered when it is too old.
-            Some(Refusal::TtlTooShort)
-        } else {
-            None
+    fn at_once(&self, key: &CacheKey, options: &ComputeOptions, detach: Detach) -> AtOnce {
+        if options.force {
+            self.0.stats.forced.add(1);
+            return AtOnce::Nothing;
+        }
+        let may_be_old = detach == Detach::Can && options.may_be_stale();
+        let reason = match self.look_l1(key, options.at_least).map(|hit| self.counted(hit)) {
+            Ok(Lookup::Hit { entry, tier, stale: None }) => return AtOnce::Fresh(Answer::of(entry, Source::Tier(tier))),
+            // Old by somebody's wish.
+            Ok(Lookup::Hit { entry, tier, stale: Some(why) }) if may_be_old && why != Stale::StreamLost => {
+                return AtOnce::Old(Answer { stale: Some(why), ..Answer::of(entry, Source::Tier(tier)) });
+            }
+            // Marked stale only because the stream is lost: here we can compute.
+            Ok(_) => return AtOnce::Nothing,
+            Err(reason) => reason,
         };
-        let Computed { value, content_type, tags, fence, .. } = computed;
-        let life = Life::within(ttl.min(CacheConfig::MAX_TTL), namespace.unwrap_or(&config.unnamed));
-        let value = NewValue { value, content_type, tags, ttl: Some(ttl), negative: false };
-        let entry = Arc::new(Entry::new(self.key, value, life, fence, now_ms()));
-        let stored = match unfit {
-            Some(refusal) => self.cache.refused(refusal),
-            None => self.cache.store(self.key, entry.clone()),
-        };
-        let refusal = match stored {
-            Stored::Yes { .. } => None,
-            Stored::No(refusal) => Some(refusal),
-        };
-        Answer { entry, source: Source::Computed, stale: None, refusal }
+        // Without the stream nothing could be stored: better wait for a value than begin what serves nobody.
+        if may_be_old
+            && is_over(reason)
+            && self.hearing() == Hearing::Live
+            && let Some(entry) = self.old_to_revalidate(key, options.secured())
+        {
+            return AtOnce::Old(self.stale(entry, Stale::Revalidate));
+        }
+        self.counted(Lookup::Miss { reason });
+        AtOnce::Nothing
     }
 
-    fn grace(&self) -> Option<Answer> {
-        let may = self.options.grace && self.options.at_least == AtLeast::Any;
-        self.cache.namespace(self.key.namespace()).filter(|namespace| may && namespace.serve_invalidated)?;
-        let entry = self.cache.0.l1.get(self.key).filter(|entry| self.cache.0.judge.grace(entry))?;
-        self.cache.0.stats.stale.add(1);
-        Some(Answer { entry, source: Source::Tier(Tier::L1), stale: Some(Stale::Grace), refusal: None })
+    fn or_grace<E>(
+        &self,
+        key: &CacheKey,
+        options: &ComputeOptions,
+        outcome: Result<Answer, ComputeError<E>>,
+    ) -> Result<Answer, ComputeError<E>> {
+        let error = match outcome {
+            Ok(answer) => return Ok(answer),
+            Err(error) => error,
+        };
+        let old = if options.may_be_stale() { self.old_in_grace(key, options.secured()) } else { None };
+        old.map(|entry| self.stale(entry, Stale::Grace)).ok_or(error)
+    }
+
+    fn stale(&self, entry: Arc<Entry>, why: Stale) -> Answer {
+        self.0.stats.stale.add(1);
+        if why == Stale::SoftTimeout {
+            self.0.stats.soft_timeouts.add(1);
+        }
+        Answer { stale: Some(why), ..Answer::of(entry, Source::Tier(Tier::L1)) }
     }
 }
 
-impl Answer {
-    fn of(entry: Arc<Entry>, source: Source) -> Answer {
-        Answer { entry, source, stale: None, refusal: None }
-    }
-}
-
-/// None if the flight was led by a caller with another error type.
-fn own_error<E: Clone + 'static>(error: &(dyn Any + Send + Sync)) -> Option<E> {
-    error.downcast_ref::<E>().cloned()
+/// Can the computation go on without its reader?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Detach {
+    Can,
+    Cannot,
 }

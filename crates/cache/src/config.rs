@@ -25,6 +25,11 @@ pub struct CacheConfig {
     pub max_flights: usize,
     /// Readers that wait for one computation. Past it everyone computes for himself.
     pub max_joiners: usize,
+    /// Computations that go on without their reader, or were begun ahead of one. Past it none is begun.
+    pub max_background: usize,
+    /// Of all processes that share the cache table one computes a key, and the others wait for its row. Costs a statement
+    /// for each computation. A holder who dies delays the others by at most [`CacheConfig::LEASE`].
+    pub lease: bool,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -109,6 +114,18 @@ impl NamespaceConfig {
 impl CacheConfig {
     pub const MIN_TTL: Duration = Duration::from_secs(1);
     pub const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+    /// So long it is for one caller alone to put a key anew.
+    pub const TURN: Duration = Duration::from_secs(10);
+    /// So long one process computes a key alone.
+    pub const LEASE: Duration = Duration::from_secs(10);
+
+    /// None: there is nothing, and the namespace does not keep that.
+    pub(crate) fn ttl(&self, namespace: &NamespaceConfig, asked: Option<Duration>, negative: bool) -> Option<Duration> {
+        if negative {
+            return namespace.negative_ttl.map(|longest| asked.map_or(longest, |asked| asked.min(longest)));
+        }
+        Some(asked.or(namespace.ttl).unwrap_or(self.default_ttl))
+    }
 }
 
 impl Default for CacheConfig {
@@ -125,7 +142,10 @@ impl Default for CacheConfig {
             namespaces: HashMap::new(),
             unnamed: NamespaceConfig::default(),
             max_flights: 4096,
-            max_joiners: 4096,
+            // A herd waits in memory for one computation: a seat costs less than a computation of one's own.
+            max_joiners: 16_384,
+            max_background: 64,
+            lease: false,
         }
     }
 }

@@ -174,7 +174,7 @@ impl Judge {
     }
 
     /// Does the entry lack nothing that was invalidated? Where nothing was since it was last asked, two numbers say so.
-    fn admits(&self, entry: &Entry) -> bool {
+    pub(crate) fn admits(&self, entry: &Entry) -> bool {
         // Read before anything that is judged, or what comes in between would be remembered as judged.
         let sequence = self.clock.sequence();
         if entry.was_admitted_at(sequence) {

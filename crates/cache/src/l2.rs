@@ -161,6 +161,15 @@ impl L2 {
         }
     }
 
+    pub(crate) fn table(&self) -> &Table {
+        &self.tier
+    }
+
+    /// Queues the end of a lease behind what was written before; never waits. With the queue full it runs out by itself.
+    pub(crate) fn release(&self, key: &CacheKey, holder: &str) {
+        drop(self.jobs.try_send(Job::Release { hash: key.digest(), holder: holder.to_owned() }));
+    }
+
     /// Waits until everything queued before was written or given up.
     pub async fn flush(&self) {
         let (done, written) = oneshot::channel();

@@ -20,10 +20,11 @@ use tokio_postgres::{
 use walcast_model::{CacheKey, Epoch};
 use walcast_pg::PgError;
 
-use crate::{Entry, l2::Table};
+use crate::{Entry, l2::Table, lease};
 
 pub(crate) enum Job {
     Write { key: CacheKey, entry: Arc<Entry>, epoch: Epoch, _room: OwnedSemaphorePermit },
+    Release { hash: [u8; 16], holder: String },
     Flush(oneshot::Sender<()>),
 }
 
@@ -62,6 +63,11 @@ pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
     while let Some(job) = next.take() {
         match job {
             Job::Flush(done) => drop(done.send(())),
+            Job::Release { hash, holder } => {
+                let (hashes, holders) = ([&hash[..]], [&holder]);
+                let parameters: [Parameter<'_>; 2] = [(&&hashes[..], Type::BYTEA_ARRAY), (&&holders[..], Type::TEXT_ARRAY)];
+                drop(table.guarded(table.transaction(lease::RELEASE, &parameters), 0).await);
+            }
             first => {
                 let (batch, other) = gather(&table, first, &mut jobs);
                 let rows = batch.len() as u64;

@@ -7,7 +7,9 @@
 //! | question | file |
 //! |---|---|
 //! | why was this entry dropped | `invalidate` |
-//! | how are stampedes stopped | `flight`, `compute` |
+//! | how are stampedes stopped | `flight`, `reader`; across processes `lease` |
+//! | what is answered stale, and when | `stale` |
+//! | what goes on in the background | `refresh` |
 //! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
 //! | what is a fill ticket | `ticket` |
 //! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
@@ -26,8 +28,15 @@ mod jitter;
 mod l1;
 mod l2;
 mod l2_writer;
+mod lease;
+mod many;
+mod reader;
+mod refresh;
+mod stale;
+mod standalone;
 mod stats;
 mod ticket;
+mod turns;
 mod upkeep;
 
 pub use cache::{Cache, Lookup, PutError, Refusal, Stale, Stored, Tier};
@@ -38,6 +47,8 @@ pub use entry::{Entry, NewValue, etag};
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
+pub use many::{NewEntry, Preloaded};
+pub use standalone::Hand;
 pub use stats::{Counter, Stats};
 pub use ticket::{TicketError, Tickets};
 pub use upkeep::{Cleanup, L2Size, Reason};
@@ -46,6 +57,7 @@ pub use upkeep::{Cleanup, L2Size, Reason};
 pub const MIGRATIONS: &[(&str, &str)] = &[
     ("cache/0001_entries", include_str!("../sql/0001_entries.sql")),
     ("cache/0002_upkeep", include_str!("../sql/0002_upkeep.sql")),
+    ("cache/0003_leases", include_str!("../sql/0003_leases.sql")),
     ("cache/0004_grants", include_str!("../sql/0004_grants.sql")),
     ("cache/0004_judge", include_str!("../sql/0004_judge.sql")),
     ("cache/0004_tags", include_str!("../sql/0004_tags.sql")),

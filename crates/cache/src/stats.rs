@@ -57,6 +57,22 @@ pub struct Stats {
     /// Computations for one reader only.
     pub alone: Counter,
     pub compute_errors: Counter,
+    /// Answers that say "there is nothing".
+    pub negatives: Counter,
+    /// Reads that asked for a new computation whatever the tiers hold.
+    pub forced: Counter,
+    /// Readers who were answered stale because the computation took longer than they would wait.
+    pub soft_timeouts: Counter,
+    /// Computations begun in the background, of entries that are old or about to be.
+    pub refreshes: Counter,
+    /// Of those: failed, out of time or panicked.
+    pub refresh_errors: Counter,
+    /// Background computations that were not begun because too many run.
+    pub refreshes_full: Counter,
+    /// Values handed in by `put_soon` that the door refused.
+    pub puts_failed: Counter,
+    /// Computations that waited for another process to compute the same key.
+    pub lease_waits: Counter,
     pub l2_errors: Counter,
     /// Reads and writes that the open breaker spared.
     pub l2_skipped: Counter,

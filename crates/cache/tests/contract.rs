@@ -408,7 +408,7 @@ async fn what_is_computed_is_answered_and_kept(s: &Subject) -> Outcome {
     let options = ComputeOptions { timeout: Duration::from_secs(60), ..ComputeOptions::default() };
     for (text, lsn) in [("first", 50), ("second", 130)] {
         s.disturb();
-        let compute = || async { Ok::<_, String>(computed(text, &["k:id=1"], fence(&format!("{lsn}:{lsn}:"), lsn))) };
+        let compute = move || async move { Ok::<_, String>(computed(text, &["k:id=1"], fence(&format!("{lsn}:{lsn}:"), lsn))) };
         // P6: whatever is wrong with a tier, the reader has his answer.
         let answer =
             s.world.cache.get_or_compute(&key("computed"), &options, compute).await.map_err(|error| error.to_string())?;

@@ -10,73 +10,14 @@ use std::{
     time::Duration,
 };
 
-use common::{World, computed, fence, key, world, world_with};
-use tokio::{sync::Semaphore, task::JoinHandle};
-use walcast_cache::{
-    Answer, AtLeast, Cache, CacheConfig, ComputeError, ComputeOptions, Computed, Hearing, Refusal, Source, Stale,
+use common::{
+    World, computed, fence, key,
+    readers::{Gate, Outcome, fresh, options, reader, text, until},
+    world, world_with,
 };
-use walcast_model::{Fence, Floor, Lsn, Xid};
-
-type Outcome = Result<Answer, ComputeError<String>>;
-
-/// Computations that wait until the test lets them go on, and are counted.
-#[derive(Clone)]
-struct Gate {
-    begun: Arc<AtomicUsize>,
-    go: Arc<Semaphore>,
-}
-
-impl Gate {
-    fn new() -> Gate {
-        Gate { begun: Arc::default(), go: Arc::new(Semaphore::new(0)) }
-    }
-
-    async fn pass(&self) {
-        self.begun.fetch_add(1, Ordering::SeqCst);
-        self.go.acquire().await.unwrap().forget();
-    }
-
-    fn begun(&self) -> usize {
-        self.begun.load(Ordering::SeqCst)
-    }
-}
-
-fn reader(
-    cache: &Cache,
-    gate: &Gate,
-    options: ComputeOptions,
-    answer: impl Fn() -> Result<Computed, String> + Send + Sync + 'static,
-) -> JoinHandle<Outcome> {
-    let (cache, gate) = (cache.clone(), gate.clone());
-    tokio::spawn(async move {
-        let compute = || async {
-            gate.pass().await;
-            answer()
-        };
-        cache.get_or_compute(&key("graceful/7"), &options, compute).await
-    })
-}
-
-fn fresh(text: &'static str, fence: Fence) -> impl Fn() -> Result<Computed, String> + Send + Sync + 'static {
-    move || Ok(computed(text, &["patients:id=7"], fence.clone()))
-}
-
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let wait = async {
-        while !holds() {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("{what} did not happen"));
-}
-
-fn text(outcome: &Outcome) -> String {
-    String::from_utf8_lossy(&outcome.as_ref().unwrap().entry.value).into_owned()
-}
-
-fn options() -> ComputeOptions {
-    ComputeOptions { timeout: Duration::from_secs(20), ..ComputeOptions::default() }
-}
+use tokio::task::JoinHandle;
+use walcast_cache::{AtLeast, CacheConfig, ComputeError, ComputeOptions, Computed, Hearing, Refusal, Source, Stale};
+use walcast_model::{Floor, Lsn, Xid};
 
 /// A leader who computes behind the gate, and readers who wait for him.
 async fn leader_and_joiners(
@@ -297,7 +238,7 @@ async fn p6_a_value_that_does_not_fit_is_returned_all_the_same() {
     let w = world_with(CacheConfig { max_value_bytes: 3, max_tags: 1, ..CacheConfig::default() }, None);
     let refusal = async |value: Computed| {
         let compute = || async { Ok::<_, String>(value.clone()) };
-        w.cache.get_or_compute(&key("7"), &options(), compute).await.unwrap().refusal
+        w.cache.get_or_compute_inline(&key("7"), &options(), compute).await.unwrap().refusal
     };
     assert_eq!(refusal(computed("four", &[], fence("10:20:", 50))).await, Some(Refusal::TooLarge));
     assert_eq!(refusal(computed("one", &["a", "b"], fence("10:20:", 50))).await, Some(Refusal::TooManyTags));
@@ -305,4 +246,59 @@ async fn p6_a_value_that_does_not_fit_is_returned_all_the_same() {
     assert_eq!(refusal(brief).await, Some(Refusal::TtlTooShort));
     let long = Computed { ttl: Some(Duration::from_secs(90 * 24 * 3600)), ..computed("one", &[], fence("10:20:", 50)) };
     assert_eq!(refusal(long).await, None);
+}
+
+#[tokio::test]
+async fn ten_thousand_readers_of_one_cold_key_one_computation() {
+    let (w, gate) = (world(), Gate::new());
+    let answer = fresh("seven", fence("10:20:", 50));
+    let readers: Vec<_> = (0..10_000).map(|_| reader(&w.cache, &gate, options(), answer.clone())).collect();
+    until("all but one waiting", || w.cache.stats().joins.get() == 9_999).await;
+    gate.go.add_permits(10_000);
+    for reader in readers {
+        assert_eq!(text(&reader.await.unwrap()), "seven");
+    }
+    assert_eq!((gate.begun(), w.cache.stats().alone.get()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_forced_refresh_computes_whatever_is_there_and_stores() {
+    let (w, gate) = (world(), Gate::new());
+    w.put("graceful/7", "cached", &[], fence("10:20:", 50));
+    gate.go.add_permits(100);
+    let forced = ComputeOptions { force: true, ..options() };
+    let answer = reader(&w.cache, &gate, forced, fresh("new", fence("10:20:", 50))).await.unwrap();
+    assert_eq!((text(&answer), answer.unwrap().source), ("new".to_owned(), Source::Computed));
+    assert_eq!(text(&reader(&w.cache, &gate, options(), fresh("-", fence("10:20:", 50))).await.unwrap()), "new");
+    assert_eq!((gate.begun(), w.cache.stats().forced.get()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_forced_refresh_shares_only_what_began_after_it_was_asked_for() {
+    let (w, gate) = (world(), Gate::new());
+    let before = reader(&w.cache, &gate, options(), fresh("begun before", fence("10:20:", 50)));
+    until("the flight", || gate.begun() == 1).await;
+    let forced = ComputeOptions { force: true, ..options() };
+    let readers: Vec<_> =
+        (0..50).map(|_| reader(&w.cache, &gate, forced.clone(), fresh("begun after", fence("10:20:", 50)))).collect();
+    until("all of them waiting", || w.cache.stats().joins.get() == 50).await;
+    gate.go.add_permits(1);
+    assert_eq!(text(&before.await.unwrap()), "begun before");
+    until("one of them leading", || gate.begun() == 2 && w.cache.stats().joins.get() == 99).await;
+    gate.go.add_permits(100);
+    for reader in readers {
+        assert_eq!(text(&reader.await.unwrap()), "begun after");
+    }
+    assert_eq!(gate.begun(), 2);
+}
+
+#[tokio::test]
+async fn a_computation_may_borrow_from_its_caller_if_it_ends_with_him() {
+    let w = world();
+    let words = ["borrowed".to_owned()];
+    let compute = || async { Ok::<_, String>(computed(&words[0], &[], fence("10:20:", 50))) };
+    let first = w.cache.get_or_compute_inline(&key("7"), &options(), compute).await;
+    assert_eq!(first.as_ref().unwrap().source, Source::Computed);
+    let again = w.cache.get_or_compute_inline(&key("7"), &options(), compute).await;
+    assert_eq!((text(&again), again.unwrap().source), ("borrowed".to_owned(), Source::Tier(walcast_cache::Tier::L1)));
 }

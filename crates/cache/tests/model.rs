@@ -221,9 +221,10 @@ impl<'a> Run<'a> {
             tags: vec![tag_of(of)],
             fence,
             ttl: None,
+            negative: false,
         };
         let options = ComputeOptions { timeout: Duration::from_secs(60), ..ComputeOptions::default() };
-        let compute = || {
+        let compute = move || {
             let computed = computed.clone();
             async move { Ok::<_, String>(computed) }
         };

@@ -7,7 +7,7 @@ use std::{
 
 use rand::Rng;
 use tokio_postgres::types::Type;
-use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, PutError, Stored, TicketError};
+use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, PutError, Stale, Stored, TicketError};
 use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
 use walcast_pg::{ColumnFacts, PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
@@ -77,7 +77,7 @@ impl Engine {
             None => return Lookup::Miss { reason: MissReason::NotHearing },
         };
         match core.cache.get(key, at_least).await {
-            Lookup::Hit { stale: Some(_), .. } if core.config.cache.deaf == Deaf::Compute => {
+            Lookup::Hit { stale: Some(Stale::StreamLost), .. } if core.config.cache.deaf == Deaf::Compute => {
                 Lookup::Miss { reason: MissReason::NotHearing }
             }
             lookup => lookup,
@@ -92,6 +92,24 @@ impl Engine {
         }
         let fence = tokio::time::timeout(TICKET_WAIT, self.core.fence()).await.ok()?.ok()?;
         Some(self.core.cache.issue_ticket(&fence, key))
+    }
+
+    /// The same for one of those who were answered a stale entry: he computes it, the others need not. For 10 seconds, or
+    /// until he puts it.
+    pub async fn cache_refresh_ticket(&self, key: &CacheKey) -> Option<String> {
+        if !self.core.cache.take_turn(key) {
+            return None;
+        }
+        let ticket = self.cache_ticket(key).await;
+        if ticket.is_none() {
+            self.core.cache.give_turn_back(key);
+        }
+        ticket
+    }
+
+    /// Of those who find a key missing, is it for this one to compute it? Only advice: each has a ticket.
+    pub fn cache_should_compute(&self, key: &CacheKey) -> bool {
+        self.core.cache.take_first_turn(key)
     }
 
     pub async fn cache_put(&self, key: &CacheKey, value: NewValue, written: Written) -> Result<Stored, PutFailure> {

@@ -117,15 +117,16 @@ impl Engine {
                 tags,
                 fence,
                 ttl: Some(ttl),
+                negative: false,
             })
         };
         if let Err(reason) = &plan.cacheable {
             let computed = fresh_enough(compute, at_least).await?;
             return Ok(core.uncached(computed, format!("{}: {reason}", reason.code())));
         }
-        let options =
-            ComputeOptions { ttl: Some(ttl), at_least, timeout: core.queries.timeout + Duration::from_secs(5), grace: false };
-        let answer = core.cache.get_or_compute(&key, &options, compute).await.map_err(|error| match error {
+        let timeout = core.queries.timeout + Duration::from_secs(5);
+        let options = ComputeOptions { ttl: Some(ttl), at_least, timeout, ..ComputeOptions::default() };
+        let answer = core.cache.get_or_compute_inline(&key, &options, compute).await.map_err(|error| match error {
             ComputeError::Failed(error) => failure(&error),
             ComputeError::TimedOut { after_ms } => QueryFailure {
                 status: 504,

@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod l2;
+pub mod readers;
 
 use std::sync::Arc;
 
@@ -59,8 +60,8 @@ pub fn value(text: &str, tags: &[&str]) -> NewValue {
 }
 
 pub fn computed(text: &str, tags: &[&str], fence: Fence) -> Computed {
-    let NewValue { value, content_type, tags, ttl, .. } = value(text, tags);
-    Computed { value, content_type, tags, fence, ttl }
+    let NewValue { value, content_type, tags, ttl, negative } = value(text, tags);
+    Computed { value, content_type, tags, fence, ttl, negative }
 }
 
 /// `snapshot` as PostgreSQL writes it.

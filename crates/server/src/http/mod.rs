@@ -128,7 +128,8 @@ fn elsewhere() -> MethodRouter<App> {
 
 /// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
 fn from_any_page() -> CorsLayer {
-    let told = ["cache-status", "walcast-position", "walcast-ticket", "cache-tag", "etag", "age", "retry-after"];
+    let told =
+        ["cache-status", "walcast-position", "walcast-ticket", "walcast-compute", "cache-tag", "etag", "age", "retry-after"];
     CorsLayer::new()
         .allow_origin(Any)
         .allow_methods(Any)

@@ -1,6 +1,8 @@
 //! `/cache/v1/{namespace}/{key}`: GET, HEAD, PUT, DELETE, and `POST /cache/v1/invalidate`.
 //!
 //! A miss answers 404 with a ticket; the value that was then read is put back with it. `Cache-Status` tells on every answer.
+//! Of those who are answered an old value within `stale_while_revalidate`, one has a ticket to put it anew. That there is
+//! nothing is known too: 404 without a ticket.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -16,13 +18,15 @@ use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
-    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Right, Stored, Written,
+    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Right, Stale, Stored, Written,
     model::{CacheKey, Claims, Tag},
 };
 
 use crate::http::{App, identity::Caller, refusal::Refusal};
 
 const TICKET: HeaderName = HeaderName::from_static("walcast-ticket");
+/// On a miss: `lead` computes, `wait` may ask again instead, for somebody computes already.
+const COMPUTE: HeaderName = HeaderName::from_static("walcast-compute");
 const POSITION: HeaderName = HeaderName::from_static("walcast-position");
 const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
@@ -34,39 +38,64 @@ pub async fn get(
 ) -> Result<Response, Refusal> {
     let key = key(&app, path, &claims, Right::Read)?;
     let position = app.engine.position();
-    let mut response = match app.engine.cache_get(&key, freshness(&headers)?).await {
-        Lookup::Hit { entry, tier, stale } => {
+    let freshness = freshness(&headers)?;
+    // Computed anew, whatever is there.
+    let forced = directives(&headers).any(|directive| directive.eq_ignore_ascii_case("no-cache"));
+    let look = if forced { None } else { Some(app.engine.cache_get(&key, freshness).await) };
+    let mut response = match look {
+        Some(Lookup::Hit { entry, tier, stale }) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+            // Without the stream nothing could be stored.
+            let to_be_put_anew = stale.is_some_and(|stale| stale != Stale::StreamLost);
+            let ticket = if to_be_put_anew { app.engine.cache_refresh_ticket(&key).await } else { None };
             let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
+            if entry.negative {
+                status = format!("walcast; hit; ttl={}; detail=negative", entry.ttl(now).as_secs());
+            }
             if let Some(stale) = stale {
                 status = format!("walcast; hit; stale; detail={}", stale.as_str());
             }
-            hit(&entry, &headers, &status, entry.age(now))
-        }
-        Lookup::Miss { reason } => {
-            let ticket = app.engine.cache_ticket(&key).await;
-            let refusal = Refusal::new(StatusCode::NOT_FOUND, "miss", format!("{key} is not in the cache: {}", reason.as_str()))
-                .hint("read the value in a transaction begun after this answer, then PUT it with the Walcast-Ticket");
-            let mut response = refusal.into_response();
-            let status = format!("walcast; fwd=miss; detail={}", reason.as_str());
-            response.headers_mut().insert(CACHE_STATUS, header_value(&status));
+            let mut response = hit(&key, &entry, &headers, &status, entry.age(now));
             if let Some(ticket) = ticket {
                 response.headers_mut().insert(TICKET, header_value(&ticket));
             }
             response
         }
+        Some(Lookup::Miss { reason }) => {
+            let leads = app.engine.cache_should_compute(&key);
+            miss(&app, &key, &format!("miss; detail={}", reason.as_str()), reason.as_str(), leads).await
+        }
+        None => miss(&app, &key, "request; detail=no_cache", "no-cache was asked for", true).await,
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
     Ok(response)
 }
 
-fn hit(entry: &Entry, headers: &HeaderMap, status: &str, age: Duration) -> Response {
-    let same = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag.as_bytes() == entry.etag.as_bytes());
-    let mut response = if same { StatusCode::NOT_MODIFIED.into_response() } else { entry.value.clone().into_response() };
+async fn miss(app: &App, key: &CacheKey, forwarded: &str, why: &str, leads: bool) -> Response {
+    let refusal = Refusal::new(StatusCode::NOT_FOUND, "miss", format!("{key} is not in the cache: {why}"))
+        .hint("read the value in a transaction begun after this answer, then PUT it with the Walcast-Ticket");
+    let ticket = app.engine.cache_ticket(key).await;
+    let mut response = refusal.into_response();
     let out = response.headers_mut();
-    if !same {
-        out.insert(header::CONTENT_TYPE, header_value(&entry.content_type));
+    out.insert(CACHE_STATUS, header_value(&format!("walcast; fwd={forwarded}")));
+    out.insert(COMPUTE, HeaderValue::from_static(if leads { "lead" } else { "wait" }));
+    if let Some(ticket) = ticket {
+        out.insert(TICKET, header_value(&ticket));
     }
+    response
+}
+
+fn hit(key: &CacheKey, entry: &Entry, headers: &HeaderMap, status: &str, age: Duration) -> Response {
+    let same = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag.as_bytes() == entry.etag.as_bytes());
+    let mut response = if entry.negative {
+        let refusal = Refusal::new(StatusCode::NOT_FOUND, "negative", format!("{key} is known not to exist"));
+        refusal.hint("nothing need be read; a commit on its tags ends this answer, or its time").into_response()
+    } else if same {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        ([(header::CONTENT_TYPE, header_value(&entry.content_type))], entry.value.clone()).into_response()
+    };
+    let out = response.headers_mut();
     let tags: Vec<&str> = entry.tags.iter().map(Tag::as_str).collect();
     out.insert(header::ETAG, header_value(&entry.etag));
     out.insert(header::AGE, header_value(&age.as_secs().to_string()));
@@ -99,9 +128,9 @@ pub async fn put(
         })?),
         (None, None) => Written::External,
     };
+    let negative = is_negative(text("walcast-negative"), &value)?;
     let content_type = text("content-type").unwrap_or("application/octet-stream").into();
-    let value =
-        NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(text("cache-control"))?, negative: false };
+    let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(&headers)?, negative };
     let position = app.engine.position();
     let answer = match app.engine.cache_put(&key, value, written).await {
         Ok(Stored::Yes { .. }) => json!({ "stored": true }),
@@ -149,6 +178,7 @@ fn put_refused(error: PutFailure) -> Refusal {
             let status = match &error {
                 PutError::UnknownNamespace(_) => StatusCode::NOT_FOUND,
                 PutError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+                PutError::Negative(_) => StatusCode::UNPROCESSABLE_ENTITY,
                 _ => StatusCode::BAD_REQUEST,
             };
             let hint = match &error {
@@ -157,6 +187,7 @@ fn put_refused(error: PutFailure) -> Refusal {
                 PutError::TooManyTags { .. } => "tag it by the table",
                 PutError::Ttl(_) => "Cache-Control: max-age=300, or leave it out for the namespace's own",
                 PutError::ContentType => "Content-Type: application/json",
+                PutError::Negative(_) => "a namespace with a negative_ttl keeps that there is nothing",
             };
             Refusal::new(status, error.code(), text).hint(hint)
         }
@@ -289,9 +320,28 @@ fn tags(header: Option<&str>) -> Result<Vec<Tag>, Refusal> {
         .collect()
 }
 
-fn max_age(header: Option<&str>) -> Result<Option<Duration>, Refusal> {
-    let directives = header.unwrap_or_default().split(',').map(str::trim);
-    let mut ages = directives.filter_map(|directive| directive.strip_prefix("max-age="));
+/// `Walcast-Negative: 1`: there is nothing, so nothing comes with it.
+fn is_negative(header: Option<&str>, value: &Bytes) -> Result<bool, Refusal> {
+    let refused = |why: &str| {
+        Err(Refusal::new(StatusCode::BAD_REQUEST, "bad_negative", why)
+            .hint("send Walcast-Negative: 1 and no body where there is nothing; leave it out otherwise"))
+    };
+    match header {
+        None => Ok(false),
+        Some("1") if value.is_empty() => Ok(true),
+        Some("1") => refused("the value is said not to exist, and has a body"),
+        Some(_) => refused("Walcast-Negative is 1 or is not sent"),
+    }
+}
+
+/// Of `Cache-Control`.
+fn directives(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let lines = headers.get_all(header::CACHE_CONTROL).into_iter().filter_map(|value| value.to_str().ok());
+    lines.flat_map(|line| line.split(',')).map(str::trim)
+}
+
+fn max_age(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    let mut ages = directives(headers).filter_map(|directive| directive.strip_prefix("max-age="));
     let Some(age) = ages.next() else { return Ok(None) };
     let seconds = age.trim_matches('"').parse().map_err(|_| {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", format!("`max-age={age}` is not a number of seconds"))
