@@ -14,15 +14,16 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
+use walcast_model::{CacheKey, Epoch, Fence, Lsn, Stamp, TagClock};
 
 use crate::{
-    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, RoomFigures, Stats, TicketError, Tickets,
-    coarse_clock,
+    AtLeast, CacheConfig, Entry, Hearing, Keeping, L2, MissReason, NamespaceConfig, NewValue, Precondition, RoomFigures,
+    Selection, Stats, TicketError, Tickets, coarse_clock,
     entry::{Life, now_ms},
     flight::Flights,
     invalidate::Judge,
     l1::L1,
+    selections::Touch,
 };
 
 #[derive(Clone)]
@@ -63,6 +64,8 @@ pub enum Stale {
     StreamLost,
     /// Old, answered because computing failed.
     Grace,
+    /// Somebody's hand asked for it to be made anew, and the namespace answers it until that is done.
+    Softened,
 }
 
 impl Stale {
@@ -70,6 +73,7 @@ impl Stale {
         match self {
             Stale::StreamLost => "stream_lost",
             Stale::Grace => "grace",
+            Stale::Softened => "softened",
         }
     }
 }
@@ -101,10 +105,12 @@ pub enum Refusal {
     TtlTooShort,
     ContentType,
     UnknownNamespace,
+    /// What is there is not what the caller said must be.
+    Precondition,
 }
 
 impl Refusal {
-    pub const ALL: [Refusal; 9] = [
+    pub const ALL: [Refusal; 10] = [
         Refusal::Touched,
         Refusal::NotHearing,
         Refusal::FloorMoved,
@@ -114,6 +120,7 @@ impl Refusal {
         Refusal::TtlTooShort,
         Refusal::ContentType,
         Refusal::UnknownNamespace,
+        Refusal::Precondition,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -127,6 +134,7 @@ impl Refusal {
             Refusal::TtlTooShort => "ttl_too_short",
             Refusal::ContentType => "content_type_invalid",
             Refusal::UnknownNamespace => "unknown_namespace",
+            Refusal::Precondition => "precondition_failed",
         }
     }
 }
@@ -244,6 +252,27 @@ impl Cache {
         Epoch(self.0.epoch.load(Ordering::Acquire))
     }
 
+    /// Heard of an invalidation by hand that is more than a tag: call it where tags are raised. `since_ms` is when it was
+    /// first heard, unix milliseconds; none for now.
+    pub fn select(&self, selection: Selection, stamp: Stamp, since_ms: Option<u64>) {
+        self.0.judge.select(selection, stamp, since_ms.unwrap_or_else(now_ms));
+    }
+
+    /// Selections that stand beside the clock.
+    pub fn selections(&self) -> usize {
+        self.0.judge.selections().len()
+    }
+
+    /// What a checkpoint of the clock needs beside it. None if nothing changed since [`Cache::kept`].
+    pub fn keeping(&self) -> Option<Keeping> {
+        self.0.judge.selections().keeping()
+    }
+
+    /// The checkpoint that holds it is written.
+    pub fn kept(&self, keeping: &Keeping) {
+        self.0.judge.selections().saved(keeping);
+    }
+
     /// Every commit up to here has raised its tags. Call it after raising, before anyone is told of the commit.
     pub fn note_invalidated(&self, lsn: Lsn) {
         self.0.judge.note_invalidated(lsn);
@@ -290,6 +319,31 @@ impl Cache {
 
     /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].
     pub fn put(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Stored, PutError> {
+        Ok(self.store(key, self.made(key, value, fence)?))
+    }
+
+    /// Replaces only what the caller says must be there. One node is one judge of that: see [`Precondition`].
+    pub async fn put_if(
+        &self,
+        key: &CacheKey,
+        value: NewValue,
+        fence: Fence,
+        precondition: &Precondition,
+    ) -> Result<Stored, PutError> {
+        let entry = self.made(key, value, fence)?;
+        // What only L2 has is there too. It moves up, and is held here in case L1 has no room for it.
+        let in_l2 = match precondition {
+            Precondition::None => None,
+            _ if self.look_l1(key, AtLeast::Any).is_ok() => None,
+            _ => match self.look_l2_one(key, AtLeast::Any).await {
+                Some(Lookup::Hit { entry, .. }) => Some(entry),
+                _ => None,
+            },
+        };
+        Ok(self.store_if(key, entry, |there| precondition.is_met(there.or(in_l2.as_deref()))))
+    }
+
+    fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
         let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
         let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
         let config = &self.0.config;
@@ -306,18 +360,29 @@ impl Cache {
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        let entry = Arc::new(Entry::new(key, value, Life::within(ttl, namespace), fence, now_ms()));
-        Ok(self.store(key, entry))
+        Ok(Arc::new(Entry::new(key, value, Life::within(ttl, namespace), fence, now_ms())))
     }
 
     pub(crate) fn store(&self, key: &CacheKey, entry: Arc<Entry>) -> Stored {
+        self.store_if(key, entry, |_| true)
+    }
+
+    fn store_if(&self, key: &CacheKey, entry: Arc<Entry>, is_met: impl FnOnce(Option<&Entry>) -> bool) -> Stored {
         if let Some(refusal) = self.0.judge.refuses(&entry) {
             return self.refused(refusal);
         }
         let rank = entry.fence.age_rank();
-        let newer_is_there = |there: &Entry| there.fence.age_rank() > rank && self.is_valid(there);
-        if !self.0.l1.put_unless(key, entry.clone(), newer_is_there) {
-            return self.refused(Refusal::Older);
+        let mut refusal = None;
+        let suits = |there: Option<&Entry>| {
+            if !is_met(there.filter(|there| self.is_answered(there))) {
+                refusal = Some(Refusal::Precondition);
+            } else if there.is_some_and(|there| there.fence.age_rank() > rank && self.is_valid(there)) {
+                refusal = Some(Refusal::Older);
+            }
+            refusal.is_none()
+        };
+        if !self.0.l1.put_where(key, entry.clone(), suits) {
+            return self.refused(refusal.unwrap_or(Refusal::Older));
         }
         // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
         // because each read judges what it has in hand.
@@ -363,7 +428,7 @@ impl Cache {
             Ok(stale) => return Ok(Lookup::Hit { entry, tier: Tier::L1, stale }),
             Err(reason) => reason,
         };
-        let is_over = matches!(reason, MissReason::Expired | MissReason::Invalidated);
+        let is_over = matches!(reason, MissReason::Expired | MissReason::Invalidated | MissReason::Softened);
         if is_over && !(namespace.serve_invalidated && self.0.judge.grace(&entry)) {
             self.0.l1.remove(key, &entry);
         }
@@ -404,13 +469,34 @@ impl Cache {
 
     /// Why it is to be marked stale, if it may be answered.
     fn judged(&self, entry: &Entry, at_least: AtLeast) -> Result<Option<Stale>, MissReason> {
-        self.0.judge.judge(entry, at_least, coarse_clock::now_towards(entry.expires_at))?;
+        match self.0.judge.judge(entry, at_least, coarse_clock::now_towards(entry.expires_at)) {
+            Err(MissReason::Softened) if at_least == AtLeast::Any && self.answers_softened(entry) => {
+                return Ok(Some(Stale::Softened));
+            }
+            verdict => verdict?,
+        }
         // Asked last: what was judged before the loss is marked all the same.
         match self.hearing() {
             Hearing::Live => Ok(None),
             // After a crash transaction ids are used again, and we may not have heard of it: nobody can vouch.
             Hearing::Lost { .. } if at_least != AtLeast::Any => Err(MissReason::NotHearing),
             Hearing::Lost { .. } => Ok(Some(Stale::StreamLost)),
+        }
+    }
+
+    /// Does its namespace answer it while it is made anew?
+    fn answers_softened(&self, entry: &Entry) -> bool {
+        let while_revalidating = self.namespace(entry.key.namespace()).map(|namespace| namespace.stale_while_revalidate);
+        let (Some(life), Touch::Soft { since_ms }) = (while_revalidating, self.0.judge.touch(entry)) else { return false };
+        now_ms() < since_ms.saturating_add(life.as_millis() as u64)
+    }
+
+    /// Would a reader be answered it, fresh or stale?
+    fn is_answered(&self, entry: &Entry) -> bool {
+        match self.0.judge.judge(entry, AtLeast::Any, now_ms()) {
+            Ok(()) => true,
+            Err(MissReason::Softened) => self.answers_softened(entry),
+            Err(_) => false,
         }
     }
 

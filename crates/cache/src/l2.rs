@@ -127,6 +127,10 @@ impl L2 {
         &self.tier.stats
     }
 
+    pub(crate) fn table(&self) -> &Table {
+        &self.tier
+    }
+
     pub(crate) fn set_epoch(&self, epoch: Epoch) {
         self.tier.epoch.store(epoch.0, Ordering::Release);
     }
@@ -171,7 +175,7 @@ impl L2 {
 }
 
 impl Table {
-    fn epoch(&self) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 

@@ -9,6 +9,7 @@
 //! | why was this entry dropped | `invalidate` |
 //! | how are stampedes stopped | `flight`, `compute` |
 //! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
+//! | what does a hand invalidate that no tag says | `selection`, `selections` |
 //! | what is a fill ticket | `ticket` |
 //! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
 //! | what leaves the table, and when | `upkeep`, `cleanups` |
@@ -26,7 +27,11 @@ mod jitter;
 mod l1;
 mod l2;
 mod l2_writer;
+mod precondition;
+mod selection;
+mod selections;
 mod stats;
+mod survey;
 mod ticket;
 mod upkeep;
 
@@ -38,7 +43,11 @@ pub use entry::{Entry, NewValue, etag};
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
+pub use precondition::Precondition;
+pub use selection::{Glob, GlobError, Selection};
+pub use selections::{Keeping, Kept};
 pub use stats::{Counter, Stats};
+pub use survey::Survey;
 pub use ticket::{TicketError, Tickets};
 pub use upkeep::{Cleanup, L2Size, Reason};
 
