@@ -273,6 +273,11 @@ impl Cache {
         self.0.judge.selections().saved(keeping);
     }
 
+    /// No checkpoint holds any of it any more.
+    pub fn forget_kept(&self) {
+        self.0.judge.selections().unsaved();
+    }
+
     /// Every commit up to here has raised its tags. Call it after raising, before anyone is told of the commit.
     pub fn note_invalidated(&self, lsn: Lsn) {
         self.0.judge.note_invalidated(lsn);
@@ -401,6 +406,12 @@ impl Cache {
     /// From L1 of this node only. What removes it everywhere is a commit that raises its key's tag.
     pub fn delete_local(&self, key: &CacheKey) -> bool {
         self.0.l1.delete(key)
+    }
+
+    /// The same, unless it was made anew meanwhile.
+    pub fn delete_local_if_over(&self, key: &CacheKey) -> bool {
+        let over = self.0.l1.get(key).filter(|entry| self.0.judge.touch(entry) == Touch::Hard);
+        over.inspect(|entry| self.0.l1.remove(key, entry)).is_some()
     }
 
     pub fn clear_local(&self) {

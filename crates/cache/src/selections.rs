@@ -161,6 +161,10 @@ impl Selections {
         list.widened.retain(|_, version| *version > keeping.version);
         list.saved = Some(keeping.version);
     }
+
+    pub(crate) fn unsaved(&self) {
+        self.list.write().saved = None;
+    }
 }
 
 impl List {

@@ -48,6 +48,14 @@ impl Cache {
         Survey { entries, estimate: !is_whole || self.0.l2.is_some(), sample: Vec::new() }
     }
 
+    /// How many of these keys L1 has.
+    pub fn count_keys(&self, keys: &[CacheKey], selection: &Selection) -> Survey {
+        let now = now_ms();
+        let is_taken = |key: &&CacheKey| self.0.l1.get(key).is_some_and(|entry| self.takes(selection, &entry, now));
+        let entries = keys.iter().filter(is_taken).count() as u64;
+        Survey { entries, estimate: self.0.l2.is_some(), sample: Vec::new() }
+    }
+
     /// Which entries it takes, of both tiers.
     pub async fn survey(&self, selection: &Selection) -> Survey {
         let (cache, asked) = (self.clone(), selection.clone());
