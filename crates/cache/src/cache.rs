@@ -409,9 +409,10 @@ impl Cache {
     }
 
     /// The same, unless it was made anew meanwhile.
-    pub fn delete_local_if_over(&self, key: &CacheKey) -> bool {
-        let over = self.0.l1.get(key).filter(|entry| self.0.judge.touch(entry) == Touch::Hard);
-        over.inspect(|entry| self.0.l1.remove(key, entry)).is_some()
+    pub fn delete_local_if_over(&self, key: &CacheKey) {
+        if let Some(over) = self.0.l1.get(key).filter(|entry| self.0.judge.touch(entry) == Touch::Hard) {
+            self.0.l1.remove(key, &over);
+        }
     }
 
     pub fn clear_local(&self) {

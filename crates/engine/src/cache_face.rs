@@ -56,12 +56,7 @@ impl Engine {
             Some(at_least) => at_least,
             None => return Lookup::Miss { reason: MissReason::NotHearing },
         };
-        match core.cache.get(key, at_least).await {
-            Lookup::Hit { stale: Some(Stale::StreamLost), .. } if core.config.cache.deaf == Deaf::Compute => {
-                Lookup::Miss { reason: MissReason::NotHearing }
-            }
-            lookup => lookup,
-        }
+        core.as_configured(core.cache.get(key, at_least).await)
     }
 
     /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
@@ -112,6 +107,16 @@ impl Engine {
 }
 
 impl Core {
+    /// While we do not hear, the config may prefer a miss to what nobody can vouch for.
+    pub(crate) fn as_configured(&self, look: Lookup) -> Lookup {
+        match look {
+            Lookup::Hit { stale: Some(Stale::StreamLost), .. } if self.config.cache.deaf == Deaf::Compute => {
+                Lookup::Miss { reason: MissReason::NotHearing }
+            }
+            look => look,
+        }
+    }
+
     /// Floor and W first, then the snapshot: what moves in between only makes the fence more careful.
     pub(crate) async fn fence(&self) -> Result<Fence, PgError> {
         if let Some((fence, at)) = self.shared_fence.lock().clone()

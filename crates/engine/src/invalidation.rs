@@ -90,7 +90,7 @@ impl Engine {
         let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
         if let (What::Keys(keys), false) = (&asked.what, asked.soft) {
             // Judged over already; what is gone takes no memory.
-            keys.iter().for_each(|key| drop(core.cache.delete_local_if_over(key)));
+            keys.iter().for_each(|key| core.cache.delete_local_if_over(key));
         }
         Ok(Invalidated { position: Position { epoch: core.progress.epoch(), lsn, index }, found })
     }

@@ -3,6 +3,7 @@
 //! [`Engine::start`] attaches to a database; [`Engine::subscribe`], [`Engine::cache_get`] and [`Engine::query`] are the three
 //! ways through the house. What happens when a row changes: [`pipeline`].
 
+mod cache_batch;
 pub mod cache_face;
 pub mod config;
 pub mod doctor;
@@ -56,7 +57,7 @@ pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, re
 pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
-    Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Source, Stale, Stored, Survey,
+    Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source, Stale, Stored, Survey,
     TicketError, Tier,
 };
 pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};

@@ -1,6 +1,11 @@
-//! `/cache/v1/{namespace}/{key}`: GET, HEAD, PUT, DELETE, and `POST /cache/v1/invalidate`.
+//! `/cache/v1/{namespace}/{key}`: GET, PUT, DELETE. [`presence`]: HEAD and preconditions. [`invalidate`]: invalidation by
+//! hand. [`batch`]: many keys at once.
 //!
 //! A miss answers 404 with a ticket; the value that was then read is put back with it. `Cache-Status` tells on every answer.
+
+pub mod batch;
+pub mod invalidate;
+pub mod presence;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,10 +18,9 @@ use axum::{
 };
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
-    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Right, Stored, Written,
+    Entry, Freshness, Invalidation, Lookup, NewValue, NotStored, PutError, PutFailure, Right, Stale, Stored, Tier, What, Written,
     model::{CacheKey, Claims, Tag},
 };
 
@@ -36,12 +40,15 @@ pub async fn get(
     let position = app.engine.position();
     let mut response = match app.engine.cache_get(&key, freshness(&headers)?).await {
         Lookup::Hit { entry, tier, stale } => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-            let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
-            if let Some(stale) = stale {
-                status = format!("walcast; hit; stale; detail={}", stale.as_str());
+            let now = now_ms();
+            let mut response = hit(&entry, &headers, &told_hit(&entry, tier, stale, now), entry.age(now));
+            // It is to be made anew.
+            if stale == Some(Stale::Softened)
+                && let Some(ticket) = app.engine.cache_ticket(&key).await
+            {
+                response.headers_mut().insert(TICKET, header_value(&ticket));
             }
-            hit(&entry, &headers, &status, entry.age(now))
+            response
         }
         Lookup::Miss { reason } => {
             let ticket = app.engine.cache_ticket(&key).await;
@@ -58,6 +65,17 @@ pub async fn get(
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
     Ok(response)
+}
+
+fn told_hit(entry: &Entry, tier: Tier, stale: Option<Stale>, now: u64) -> String {
+    match stale {
+        None => format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str()),
+        Some(stale) => format!("walcast; hit; stale; detail={}", stale.as_str()),
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 fn hit(entry: &Entry, headers: &HeaderMap, status: &str, age: Duration) -> Response {
@@ -103,8 +121,9 @@ pub async fn put(
     let value =
         NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(text("cache-control"))?, negative: false };
     let position = app.engine.position();
-    let answer = match app.engine.cache_put(&key, value, written).await {
+    let answer = match app.engine.cache_put(&key, value, written, &presence::precondition(&headers)?).await {
         Ok(Stored::Yes { .. }) => json!({ "stored": true }),
+        Ok(Stored::No(NotStored::Precondition)) => return Err(presence::failed()),
         Ok(Stored::No(refusal)) => json!({ "stored": false, "reason": refusal.as_str() }),
         // The value was good for its reader all the same.
         Err(PutFailure::Ticket(error)) => json!({ "stored": false, "reason": error.code() }),
@@ -173,80 +192,8 @@ pub async fn delete(
     Caller(claims): Caller,
 ) -> Result<Response, Refusal> {
     let key = key(&app, path, &claims, Right::Invalidate)?;
-    app.engine.cache_delete_local(&key);
-    invalidated(&app, vec![Tag::key(&key)]).await
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Invalidate {
-    namespace: Option<String>,
-    #[serde(default)]
-    keys: Vec<String>,
-    #[serde(default)]
-    tags: Vec<String>,
-}
-
-pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
-    let wrong = |code: &str, why: String| {
-        Refusal::new(StatusCode::BAD_REQUEST, code, why)
-            .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
-    };
-    let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| {
-        let why = error.to_string().replace("struct Invalidate", "an object with namespace, keys, tags");
-        wrong("bad_body", format!("the body cannot be read: {why}"))
-    })?;
-    let mut raised = Vec::new();
-    match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
-        (None, true, true) => return Err(wrong("nothing_named", "the request names nothing to invalidate".into())),
-        (None, false, _) => return Err(wrong("namespace_required", "keys need their namespace".into())),
-        _ => {}
-    }
-    if let Some(namespace) = &asked.namespace {
-        app.engine.may_use_namespace(&claims, Right::Invalidate, namespace)?;
-        if asked.keys.is_empty() && asked.tags.is_empty() {
-            raised.push(Tag::namespace(namespace));
-        }
-        for key in &asked.keys {
-            let key = CacheKey::new(namespace, key).map_err(|error| wrong("bad_key", error.to_string()))?;
-            app.engine.cache_delete_local(&key);
-            raised.push(Tag::key(&key));
-        }
-    }
-    if !asked.tags.is_empty() && claims.role() != "service_role" {
-        return Err(Refusal::new(
-            StatusCode::FORBIDDEN,
-            "role_not_allowed",
-            "tags reach into every namespace; this role may not raise them",
-        )
-        .hint("use a service_role token, or invalidate by namespace and keys"));
-    }
-    for tag in &asked.tags {
-        let tag = Tag::parse(tag).map_err(|error| wrong("bad_tag", error.to_string()))?;
-        raised.push(tag);
-    }
-    invalidated(&app, raised).await
-}
-
-async fn invalidated(app: &App, tags: Vec<Tag>) -> Result<Response, Refusal> {
-    match app.engine.invalidate(tags).await {
-        Ok(done) => {
-            let position = header_value(&done.position.to_string());
-            let answer = json!({ "invalidated": done.tags, "position": done.position.to_string() });
-            Ok(([(POSITION, position)], Json(answer)).into_response())
-        }
-        Err(error @ InvalidateError::TooMany(_)) => {
-            Err(Refusal::new(StatusCode::BAD_REQUEST, "too_many_tags", error.to_string()).hint("split the request"))
-        }
-        Err(error @ InvalidateError::Unheard(_)) => {
-            Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, "not_heard_yet", error.to_string())
-                .hint("it takes effect when the stream comes to it; /readyz shows the lag"))
-        }
-        Err(error @ InvalidateError::Database(_)) => {
-            Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", error.to_string())
-                .hint("nothing was invalidated; try again"))
-        }
-    }
+    let namespace = Some(key.namespace().to_owned());
+    invalidate::invalidated(&app, &Invalidation { namespace, what: What::Keys(vec![key]), soft: false }).await
 }
 
 /// The caller's key, if he has the right.
