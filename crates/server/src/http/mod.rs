@@ -100,6 +100,7 @@ pub fn router(app: App) -> Router {
             "/cache/v1/{namespace}/{key}",
             get(cache::get)
                 .head(cache::presence::head)
+                .post(cache::batch::post)
                 .put(cache::put)
                 .delete(cache::delete)
                 .layer(DefaultBodyLimit::max(body_limit)),
