@@ -15,7 +15,7 @@ use axum::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::future::join_all;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use walcast_engine::{
     Entry, Lookup, NewValue, Precondition, PutFailure, Stale, Stored, Written,
@@ -153,7 +153,7 @@ struct Mset<'a> {
 #[serde(deny_unknown_fields)]
 struct New<'a> {
     key: String,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     value: Option<&'a RawValue>,
     value_base64: Option<String>,
     content_type: Option<String>,
@@ -164,6 +164,11 @@ struct New<'a> {
     ttl: Option<u64>,
     ticket: Option<String>,
     written: Option<u64>,
+}
+
+/// `null` is a value too.
+fn present<'de: 'a, 'a, D: Deserializer<'de>>(json: D) -> Result<Option<&'a RawValue>, D::Error> {
+    <&RawValue>::deserialize(json).map(Some)
 }
 
 /// The key alone, of an entry of which the rest cannot be read.
