@@ -1,6 +1,8 @@
 //! What a hand invalidates that no single tag can say: a glob over keys, entries that carry all of several tags, and
 //! everything soft. A predicate over entries; it never lists them.
 //!
+//! A pattern is over what was asked for, so it reaches an entry in every context.
+//!
 //! Made by whoever hears the invalidation, tested by [`crate::selections`].
 
 use std::{fmt, str::FromStr};
@@ -192,7 +194,7 @@ impl Selection {
         let carries = |tag: &TagHash| entry.tag_hashes.contains(tag);
         self.all_hashes.iter().all(carries)
             && (self.any_hashes.is_empty() || self.any_hashes.iter().any(carries))
-            && self.pattern.as_ref().is_none_or(|pattern| pattern.matches(entry.key.key()))
+            && self.pattern.as_ref().is_none_or(|pattern| pattern.matches(entry.key.asked()))
     }
 
     /// Do both select the same entries, in the same way?

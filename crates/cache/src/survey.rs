@@ -117,10 +117,10 @@ const DOING: &str = "counting rows of the cache table";
 
 /// Rather too many: each row is tested once more by the selection itself.
 const ROWS: &str = "
-select namespace, key, tags, floor, settled::text, snapshot, (extract(epoch from expires_at) * 1000)::int8
+select namespace, key, tags, floor, settled::text, snapshot, (extract(epoch from stale_until) * 1000)::int8
 from walcast.cache_entries
-where epoch = $1 and expires_at > now() and ($2::text is null or namespace = $2) and ($3::text is null or key like $3)
-  and tags @> $4 and ($5::text[] is null or tags && $5) and ($6::bytea[] is null or hash = any ($6))
+where epoch = $1 and stale_until > now() and ($2::text is null or namespace = $2) and ($3::text is null or split_part(key, chr(31), 1) like $3)
+  and tags @> $4 and ($5::text[] is null or tags && $5) and ($6::text[] is null or split_part(key, chr(31), 1) = any ($6))
 limit $7";
 
 impl Table {
@@ -137,9 +137,8 @@ impl Table {
         let is_of_rows = |tag: &Tag| is_written(&tag) && tag.row_parts().is_none_or(|(_, _, value)| value != "*");
         let plain = !selection.any_of().is_empty() && selection.any_of().iter().all(is_of_rows);
         let any_of: Option<Vec<&str>> = plain.then(|| selection.any_of().iter().map(Tag::as_str).collect());
-        let digests: Option<Vec<[u8; 16]>> = selection.any_of().iter().map(|tag| Some(key_of(tag)?.digest())).collect();
-        let hashes: Option<Vec<&[u8]>> =
-            digests.as_ref().filter(|digests| !digests.is_empty()).map(|digests| digests.iter().map(|hash| &hash[..]).collect());
+        let keys: Option<Vec<&str>> = selection.any_of().iter().map(key_of).collect();
+        let keys = keys.filter(|keys| !keys.is_empty());
         let most = L2_ROWS as i64;
         let parameters: [(&(dyn ToSql + Sync), Type); 7] = [
             (&epoch, Type::TEXT),
@@ -147,7 +146,7 @@ impl Table {
             (&like, Type::TEXT),
             (&all_of, Type::TEXT_ARRAY),
             (&any_of, Type::TEXT_ARRAY),
-            (&hashes, Type::BYTEA_ARRAY),
+            (&keys, Type::TEXT_ARRAY),
             (&most, Type::INT8),
         ];
         let lease = self.pool.lease(DOING).await?;
@@ -172,21 +171,20 @@ impl Table {
     }
 }
 
-/// The key that a key's own tag names.
-fn key_of(tag: &Tag) -> Option<CacheKey> {
-    let (namespace, key) = tag.as_str().strip_prefix("~key:")?.split_once(':')?;
-    CacheKey::new(namespace, key).ok()
+/// What a key's own tag says was asked for.
+fn key_of(tag: &Tag) -> Option<&str> {
+    Some(tag.as_str().strip_prefix("~key:")?.split_once(':')?.1)
 }
 
 /// All that judging needs. None if the row is not as we write them.
 fn without_value(row: &Row) -> Option<Entry> {
-    let key = CacheKey::new(row.try_get(0).ok()?, row.try_get(1).ok()?).ok()?;
+    let key = CacheKey::stored(row.try_get(0).ok()?, row.try_get(1).ok()?).ok()?;
     let tags: Vec<&str> = row.try_get(2).ok()?;
     let settled: Lsn = row.try_get::<_, &str>(4).ok()?.parse().ok()?;
     let floor = Floor(u64::try_from(row.try_get::<_, i64>(3).ok()?).ok()?);
     let fence = Fence { snapshot: row.try_get::<_, &str>(5).ok()?.parse().ok()?, settled, floor };
-    let expires_at = u64::try_from(row.try_get::<_, i64>(6).ok()?).ok()?;
+    let stale_until = u64::try_from(row.try_get::<_, i64>(6).ok()?).ok()?;
     let tags = tags.into_iter().map(Tag::stored).collect();
     let nothing = NewValue { value: Default::default(), content_type: "".into(), tags, ttl: None, negative: false };
-    Some(Entry::stored(&key, nothing, fence, [0, expires_at, expires_at], "".into()))
+    Some(Entry::stored(&key, nothing, fence, [0, stale_until, stale_until], "".into()))
 }

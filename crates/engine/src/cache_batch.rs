@@ -5,7 +5,7 @@
 use walcast_cache::{Lookup, MissReason};
 use walcast_model::CacheKey;
 
-use crate::{Engine, cache_face::Freshness};
+use crate::{Engine, freshness::Freshness};
 
 impl Engine {
     /// In the order of the keys.

@@ -57,8 +57,8 @@ pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, re
 pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
-    Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source, Stale, Stored, Survey,
-    TicketError, Tier,
+    Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
+    Stale, Stored, Survey, TicketError, Tier,
 };
 pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
 pub use walcast_matcher::EventMask;

@@ -181,6 +181,11 @@ async fn p5_a_restart_brings_nothing_back_that_a_selection_took_and_keeps_the_re
     house.reads.invalidate(json!({ "table": "items", "soft": true })).await?;
     house.acknowledged().await?;
     let client = house.postgres.connect().await?;
+    // SQL that reads the table judges by the same checkpoint.
+    let judged = "select array_agg(e.key) from walcast.cache_entries e, walcast.cache_standing() s
+        where walcast.clock_admits(e.namespace, e.key, e.tags, e.settled, e.snapshot, s.slots)";
+    let keys: Vec<String> = client.query_one(judged, &[]).await?.get(0);
+    ensure!(keys == ["user:77:name"], "{keys:?}");
     for how in ["stopped", "killed", "stopped"] {
         if how == "killed" {
             house.server.kill9().await?;

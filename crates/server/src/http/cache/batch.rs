@@ -18,11 +18,11 @@ use futures_util::future::join_all;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use walcast_engine::{
-    Entry, Lookup, NewValue, Precondition, PutFailure, Stale, Stored, Written,
-    model::{CacheKey, Tag},
+    Entry, Lookup, NewValue, Precondition, PutFailure, Right, Stale, Stored, Written,
+    model::{CacheKey, Claims, Tag},
 };
 
-use super::{POSITION, freshness, header_value, may_use, now_ms, put_refused, whole};
+use super::{POSITION, freshness, header_value, now_ms, put_refused, whole};
 use crate::http::{App, identity::Caller, refusal::Refusal};
 
 /// Keys of one request.
@@ -71,16 +71,32 @@ pub async fn post(
         return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "a key takes GET, HEAD, PUT and DELETE")
             .hint("POST is for /cache/v1/{namespace}/mget and mset"));
     }
-    made(&namespace, "any")?;
-    may_use(&app, &namespace, &claims)?;
+    let right = if what == "mget" { Right::Read } else { Right::Write };
+    app.engine.may_use_namespace(&claims, right, &namespace)?;
     let body = read(&app, body).await?;
-    if what == "mget" { mget(&app, &namespace, &headers, &body).await } else { mset(&app, &namespace, &body).await }
+    let keys = Keys { app: &app, claims: &claims, right, namespace: &namespace };
+    if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &body).await }
 }
 
-async fn mget(app: &App, namespace: &str, headers: &HeaderMap, body: &[u8]) -> Result<Response, Refusal> {
+/// Makes the caller's keys.
+struct Keys<'a> {
+    app: &'a App,
+    claims: &'a Claims,
+    right: Right,
+    namespace: &'a str,
+}
+
+impl Keys<'_> {
+    fn key(&self, key: &str) -> Result<CacheKey, Refusal> {
+        Ok(self.app.engine.cache_key(self.claims, self.right, self.namespace, key)?)
+    }
+}
+
+async fn mget(of: &Keys<'_>, headers: &HeaderMap, body: &[u8]) -> Result<Response, Refusal> {
+    let app = of.app;
     let asked: Mget = serde_json::from_slice(body).map_err(|error| bad_body(&error, "{\"keys\": [\"a\", \"b\"]}"))?;
     few(asked.keys.len())?;
-    let keys: Vec<CacheKey> = asked.keys.iter().map(|key| made(namespace, key)).collect::<Result<_, _>>()?;
+    let keys: Vec<CacheKey> = asked.keys.iter().map(|key| of.key(key)).collect::<Result<_, _>>()?;
     let position = app.engine.position();
     let looks = app.engine.cache_get_many(&keys, freshness(headers)?).await;
     let bytes: usize = looks.iter().map(|look| if let Lookup::Hit { entry, .. } = look { entry.value.len() } else { 0 }).sum();
@@ -189,17 +205,17 @@ struct Outcome {
     detail: Option<String>,
 }
 
-async fn mset(app: &App, namespace: &str, body: &[u8]) -> Result<Response, Refusal> {
+async fn mset(of: &Keys<'_>, body: &[u8]) -> Result<Response, Refusal> {
     let example = "{\"entries\": [{\"key\": \"a\", \"value\": {}, \"ticket\": \"…\"}]}";
     let asked: Mset<'_> = serde_json::from_slice(body).map_err(|error| bad_body(&error, example))?;
     few(asked.entries.len())?;
-    let position = app.engine.position();
-    let results: Vec<Outcome> = join_all(asked.entries.iter().map(|raw| put(app, namespace, raw))).await;
+    let position = of.app.engine.position();
+    let results: Vec<Outcome> = join_all(asked.entries.iter().map(|raw| put(of, raw))).await;
     let answer = Json(serde_json::json!({ "results": results }));
     Ok(([(POSITION, header_value(&position.to_string()))], answer).into_response())
 }
 
-async fn put(app: &App, namespace: &str, raw: &RawValue) -> Outcome {
+async fn put(of: &Keys<'_>, raw: &RawValue) -> Outcome {
     let refused = |key: Option<String>, refusal: Refusal| Outcome {
         key,
         stored: false,
@@ -214,12 +230,12 @@ async fn put(app: &App, namespace: &str, raw: &RawValue) -> Outcome {
         }
     };
     let name = new.key.clone();
-    let (key, value, written) = match parts(namespace, new) {
+    let (key, value, written) = match parts(of, new) {
         Ok(parts) => parts,
         Err(refusal) => return refused(Some(name), refusal),
     };
     let no = |reason: &str| Outcome { key: Some(name.clone()), stored: false, reason: Some(reason.to_owned()), detail: None };
-    match app.engine.cache_put(&key, value, written, &Precondition::None).await {
+    match of.app.engine.cache_put(&key, value, written, &Precondition::None).await {
         Ok(Stored::Yes { .. }) => Outcome { key: Some(name), stored: true, reason: None, detail: None },
         Ok(Stored::No(refusal)) => no(refusal.as_str()),
         Err(PutFailure::Ticket(error)) => no(error.code()),
@@ -228,8 +244,8 @@ async fn put(app: &App, namespace: &str, raw: &RawValue) -> Outcome {
     }
 }
 
-fn parts(namespace: &str, new: New<'_>) -> Result<(CacheKey, NewValue, Written), Refusal> {
-    let key = made(namespace, &new.key)?;
+fn parts(of: &Keys<'_>, new: New<'_>) -> Result<(CacheKey, NewValue, Written), Refusal> {
+    let key = of.key(&new.key)?;
     let (value, content_type): (Bytes, String) = match (new.value, new.value_base64) {
         (Some(value), None) => {
             let content_type = new.content_type.unwrap_or_else(|| "application/json".to_owned());
@@ -258,12 +274,6 @@ fn parts(namespace: &str, new: New<'_>) -> Result<(CacheKey, NewValue, Written),
         (None, None) => Written::External,
     };
     Ok((key, NewValue { value, content_type: content_type.into(), tags, ttl, negative: false }, written))
-}
-
-fn made(namespace: &str, key: &str) -> Result<CacheKey, Refusal> {
-    CacheKey::new(namespace, key).map_err(|error| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_key", error.to_string()).hint("in a body a key stands as it is, not encoded")
-    })
 }
 
 async fn read(app: &App, body: Body) -> Result<Bytes, Refusal> {
