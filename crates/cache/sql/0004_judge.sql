@@ -38,7 +38,13 @@ begin atomic
     and getdatabaseencoding() = 'UTF8' and hashtextextended('walcast' collate "C", 0) = 1669215614823279504;
 end;
 
--- The rule: every commit on the value's tags is at or below `settled` or visible in `snapshot`.
+-- A pattern over keys (`*` any text, `?` any character) as LIKE reads it.
+create or replace function walcast.glob_like(pattern text) returns text
+language sql immutable parallel safe
+return replace(replace(replace(replace(replace($1, '\', '\\'), '%', '\%'), '_', '\_'), '*', '%'), '?', '_');
+
+-- The rule: every commit on the value's tags is at or below `settled` or visible in `snapshot`; and so is every invalidation
+-- by hand that selects it otherwise than by a tag.
 create or replace function walcast.clock_admits(namespace text, key text, tags text[], settled pg_lsn, snapshot text, slots int) returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -59,7 +65,14 @@ begin
           lateral (select walcast.clock_number(c.stamps, at), walcast.clock_number(c.stamps, at + 8)) stamp(lsn, xid)
         -- -1 is nobody's transaction: no snapshot sees it.
         where stamp.lsn > after
-          and (stamp.xid < 0 or not (stamp.xid < below or (stamp.xid < upto and stamp.xid <> all (running)))))));
+          and (stamp.xid < 0 or not (stamp.xid < below or (stamp.xid < upto and stamp.xid <> all (running)))))))
+  and not exists (
+    select from walcast.selections s, cast(s.xid::text as numeric) xid
+    where s.lsn > $4 and not (xid < below or (xid < upto and xid <> all (running)))
+      and coalesce(s.content ->> 'namespace', $1) = $1
+      and (s.content ->> 'pattern' is null or split_part($2, chr(31), 1) like walcast.glob_like(s.content ->> 'pattern'))
+      and ended_by @> array(select jsonb_array_elements_text(s.content -> 'all_of'))
+      and (s.content -> 'any_of' is null or ended_by && array(select jsonb_array_elements_text(s.content -> 'any_of'))));
 end
 $$;
 

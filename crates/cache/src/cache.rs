@@ -14,17 +14,18 @@ use std::{
 };
 
 use foldhash::fast::RandomState;
-use walcast_model::{CacheKey, Epoch, Fence, Lsn, TagClock};
+use walcast_model::{CacheKey, Epoch, Fence, Lsn, Stamp, TagClock};
 
 use crate::{
-    AtLeast, CacheConfig, Entry, Hearing, L2, MissReason, NamespaceConfig, NewValue, RoomFigures, Stats, TicketError, Tickets,
-    coarse_clock,
+    AtLeast, CacheConfig, Entry, Hearing, Keeping, L2, MissReason, NamespaceConfig, NewValue, Precondition, RoomFigures,
+    Selection, Stats, TicketError, Tickets, coarse_clock,
     entry::{Life, now_ms},
     flight::Flights,
     invalidate::Judge,
     l1::L1,
     lease::Leases,
     refresh::Background,
+    selections::Touch,
     stale::is_over,
     turns::Turns,
 };
@@ -79,6 +80,8 @@ pub enum Stale {
     Revalidate,
     /// Old, answered because computing takes longer than the reader would wait.
     SoftTimeout,
+    /// Somebody's hand asked for it to be made anew, and the namespace answers it until that is done.
+    Softened,
 }
 
 impl Stale {
@@ -88,6 +91,7 @@ impl Stale {
             Stale::Grace => "grace",
             Stale::Revalidate => "revalidate",
             Stale::SoftTimeout => "soft_timeout",
+            Stale::Softened => "softened",
         }
     }
 }
@@ -121,10 +125,12 @@ pub enum Refusal {
     UnknownNamespace,
     /// There is nothing, and the namespace does not keep that.
     Negative,
+    /// What is there is not what the caller said must be.
+    Precondition,
 }
 
 impl Refusal {
-    pub const ALL: [Refusal; 10] = [
+    pub const ALL: [Refusal; 11] = [
         Refusal::Touched,
         Refusal::NotHearing,
         Refusal::FloorMoved,
@@ -135,6 +141,7 @@ impl Refusal {
         Refusal::ContentType,
         Refusal::UnknownNamespace,
         Refusal::Negative,
+        Refusal::Precondition,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -149,6 +156,7 @@ impl Refusal {
             Refusal::ContentType => "content_type_invalid",
             Refusal::UnknownNamespace => "unknown_namespace",
             Refusal::Negative => "negative_not_kept",
+            Refusal::Precondition => "precondition_failed",
         }
     }
 }
@@ -282,6 +290,32 @@ impl Cache {
         Epoch(self.0.epoch.load(Ordering::Acquire))
     }
 
+    /// Heard of an invalidation by hand that is more than a tag: call it where tags are raised. `since_ms` is when it was
+    /// first heard, unix milliseconds; none for now.
+    pub fn select(&self, selection: Selection, stamp: Stamp, since_ms: Option<u64>) {
+        self.0.judge.select(selection, stamp, since_ms.unwrap_or_else(now_ms));
+    }
+
+    /// Selections that stand beside the clock.
+    pub fn selections(&self) -> usize {
+        self.0.judge.selections().len()
+    }
+
+    /// What a checkpoint of the clock needs beside it. None if nothing changed since [`Cache::kept`].
+    pub fn keeping(&self) -> Option<Keeping> {
+        self.0.judge.selections().keeping()
+    }
+
+    /// The checkpoint that holds it is written.
+    pub fn kept(&self, keeping: &Keeping) {
+        self.0.judge.selections().saved(keeping);
+    }
+
+    /// No checkpoint holds any of it any more.
+    pub fn forget_kept(&self) {
+        self.0.judge.selections().unsaved();
+    }
+
     /// Every commit up to here has raised its tags. Call it after raising, before anyone is told of the commit.
     pub fn note_invalidated(&self, lsn: Lsn) {
         self.0.judge.note_invalidated(lsn);
@@ -336,6 +370,31 @@ impl Cache {
 
     /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].
     pub fn put(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Stored, PutError> {
+        Ok(self.store(key, self.made(key, value, fence)?))
+    }
+
+    /// Replaces only what the caller says must be there. One node is one judge of that: see [`Precondition`].
+    pub async fn put_if(
+        &self,
+        key: &CacheKey,
+        value: NewValue,
+        fence: Fence,
+        precondition: &Precondition,
+    ) -> Result<Stored, PutError> {
+        let entry = self.made(key, value, fence)?;
+        // What only L2 has is there too. It moves up, and is held here in case L1 has no room for it.
+        let in_l2 = match precondition {
+            Precondition::None => None,
+            _ if self.look_l1(key, AtLeast::Any).is_ok() => None,
+            _ => match self.look_l2_one(key, AtLeast::Any).await {
+                Some(Lookup::Hit { entry, .. }) => Some(entry),
+                _ => None,
+            },
+        };
+        Ok(self.store_if(key, entry, |there| precondition.is_met(there.or(in_l2.as_deref()))))
+    }
+
+    fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
         let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
         let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
         let config = &self.0.config;
@@ -355,7 +414,7 @@ impl Cache {
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        Ok(self.store(key, self.entry(key, namespace, value, ttl, fence)))
+        Ok(self.entry(key, namespace, value, ttl, fence))
     }
 
     /// What every entry of the namespace has is added here.
@@ -381,13 +440,25 @@ impl Cache {
     }
 
     pub(crate) fn store(&self, key: &CacheKey, entry: Arc<Entry>) -> Stored {
+        self.store_if(key, entry, |_| true)
+    }
+
+    fn store_if(&self, key: &CacheKey, entry: Arc<Entry>, is_met: impl FnOnce(Option<&Entry>) -> bool) -> Stored {
         if let Some(refusal) = self.0.judge.refuses(&entry) {
             return self.refused(refusal);
         }
         let rank = entry.fence.age_rank();
-        let newer_is_there = |there: &Entry| there.fence.age_rank() > rank && self.is_valid(there);
-        if !self.0.l1.put_unless(key, entry.clone(), newer_is_there) {
-            return self.refused(Refusal::Older);
+        let mut refusal = None;
+        let suits = |there: Option<&Entry>| {
+            if !is_met(there.filter(|there| self.is_answered(there))) {
+                refusal = Some(Refusal::Precondition);
+            } else if there.is_some_and(|there| there.fence.age_rank() > rank && self.is_valid(there)) {
+                refusal = Some(Refusal::Older);
+            }
+            refusal.is_none()
+        };
+        if !self.0.l1.put_where(key, entry.clone(), suits) {
+            return self.refused(refusal.unwrap_or(Refusal::Older));
         }
         // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
         // because each read judges what it has in hand.
@@ -407,6 +478,13 @@ impl Cache {
     /// From L1 of this node only. What removes it everywhere is a commit that raises its key's tag.
     pub fn delete_local(&self, key: &CacheKey) -> bool {
         self.0.l1.delete(key)
+    }
+
+    /// The same, unless it was made anew meanwhile.
+    pub fn delete_local_if_over(&self, key: &CacheKey) {
+        if let Some(over) = self.0.l1.get(key).filter(|entry| self.0.judge.touch(entry) == Touch::Hard) {
+            self.0.l1.remove(key, &over);
+        }
     }
 
     pub fn clear_local(&self) {
@@ -488,6 +566,11 @@ impl Cache {
             Hearing::Lost { .. } if at_least != AtLeast::Any => Err(MissReason::NotHearing),
             Hearing::Lost { .. } => Ok(Some(Stale::StreamLost)),
         }
+    }
+
+    /// Would a reader be answered it, fresh or stale?
+    fn is_answered(&self, entry: &Entry) -> bool {
+        self.is_valid(entry) || self.is_revalidated(entry)
     }
 
     fn is_valid(&self, entry: &Entry) -> bool {

@@ -36,6 +36,7 @@ pub(crate) struct Life {
 /// Never changed once made, but for a note of the judge: tiers, flights and readers share it. Of one cache only.
 #[derive(Debug)]
 pub struct Entry {
+    pub key: CacheKey,
     pub value: Bytes,
     pub content_type: Arc<str>,
     pub tags: Arc<[Tag]>,
@@ -90,6 +91,7 @@ impl Entry {
         let tag_hashes = tag_hashes(key, &value.tags);
         let fence = Fence { snapshot: fence.snapshot.bounded(MAX_RUNNING), ..fence };
         Entry {
+            key: key.clone(),
             value: value.value,
             content_type: value.content_type,
             tags: value.tags.into(),

@@ -14,9 +14,12 @@ use std::{
 };
 
 use tokio::sync::Notify;
-use walcast_model::{Fence, Lsn, TagClock, Xid};
+use walcast_model::{Fence, Lsn, Stamp, TagClock, Xid};
 
-use crate::{Entry, Refusal};
+use crate::{
+    Entry, Refusal, Selection,
+    selections::{Selections, Touch},
+};
 
 /// How fresh an answer must be at least.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +48,8 @@ pub enum MissReason {
     Expired,
     /// A commit, or somebody's hand, touched its tags; or the floor moved.
     Invalidated,
+    /// Somebody's hand asked for it to be made anew. Counts as expired from then on.
+    Softened,
     /// Not known to contain what the reader asked for.
     Behind,
     /// A reader asked for a freshness that nobody can vouch for while the stream is lost.
@@ -54,10 +59,11 @@ pub enum MissReason {
 }
 
 impl MissReason {
-    pub const ALL: [MissReason; 6] = [
+    pub const ALL: [MissReason; 7] = [
         MissReason::Absent,
         MissReason::Expired,
         MissReason::Invalidated,
+        MissReason::Softened,
         MissReason::Behind,
         MissReason::NotHearing,
         MissReason::UnknownNamespace,
@@ -68,6 +74,7 @@ impl MissReason {
             MissReason::Absent => "absent",
             MissReason::Expired => "expired",
             MissReason::Invalidated => "invalidated",
+            MissReason::Softened => "softened",
             MissReason::Behind => "behind",
             MissReason::NotHearing => "not_hearing",
             MissReason::UnknownNamespace => "unknown_namespace",
@@ -83,6 +90,7 @@ impl fmt::Display for MissReason {
 
 pub(crate) struct Judge {
     clock: Arc<TagClock>,
+    selections: Selections,
     /// Every commit up to here has raised all its tags: what a reader can be promised.
     invalidated_to: AtomicU64,
     /// Every commit up to here has raised the tags that its rows say by themselves; some may have more to raise.
@@ -97,6 +105,7 @@ impl Judge {
     pub(crate) fn new(clock: Arc<TagClock>, now: u64) -> Judge {
         Judge {
             clock,
+            selections: Selections::default(),
             invalidated_to: AtomicU64::new(0),
             raised_to: AtomicU64::new(0),
             moved: Notify::new(),
@@ -106,6 +115,17 @@ impl Judge {
 
     pub(crate) fn clock(&self) -> &TagClock {
         &self.clock
+    }
+
+    /// Called as tags are raised: before the commit is noted as invalidated.
+    pub(crate) fn select(&self, selection: Selection, stamp: Stamp, since_ms: u64) {
+        self.selections.add(selection, stamp, since_ms, &self.clock);
+        // What was remembered as good is looked at again.
+        self.clock.touch();
+    }
+
+    pub(crate) fn selections(&self) -> &Selections {
+        &self.selections
     }
 
     pub(crate) fn set_hearing(&self, hearing: Hearing) {
@@ -167,24 +187,31 @@ impl Judge {
         }
         // Contains first, admits after: what `contains` found to be invalidated up to an LSN is then raised already.
         let contains = self.contains(entry, at_least);
-        if !self.admits(entry) {
-            return Err(MissReason::Invalidated);
+        match self.touch(entry) {
+            Touch::Hard => Err(MissReason::Invalidated),
+            Touch::Soft { .. } => Err(MissReason::Softened),
+            Touch::Not if contains => Ok(()),
+            Touch::Not => Err(MissReason::Behind),
         }
-        if contains { Ok(()) } else { Err(MissReason::Behind) }
     }
 
-    /// Does the entry lack nothing that was invalidated? Where nothing was since it was last asked, two numbers say so.
-    pub(crate) fn admits(&self, entry: &Entry) -> bool {
+    /// What commits and hands did to it: nothing, or it counts as expired since then, or it is over. Its age is not asked.
+    /// Where nothing was invalidated since it was last asked, two numbers say so.
+    pub(crate) fn touch(&self, entry: &Entry) -> Touch {
         // Read before anything that is judged, or what comes in between would be remembered as judged.
         let sequence = self.clock.sequence();
         if entry.was_admitted_at(sequence) {
-            return true;
+            return Touch::Not;
         }
-        let admitted = self.clock.admits(&entry.fence, &entry.tag_hashes);
-        if admitted {
+        // The clock last: a selection that is widened into it meanwhile is met in one of the two.
+        let touch = match self.selections.touch(entry) {
+            touch if self.clock.admits(&entry.fence, &entry.tag_hashes) => touch,
+            _ => Touch::Hard,
+        };
+        if touch == Touch::Not {
             entry.note_admitted_at(sequence);
         }
-        admitted
+        touch
     }
 
     pub(crate) fn contains(&self, entry: &Entry, at_least: AtLeast) -> bool {
@@ -196,16 +223,13 @@ impl Judge {
                 let within = |tag| self.clock.raised_by(tag, xid).is_some_and(|lsn| lsn <= entry.fence.settled);
                 entry.fence.snapshot.sees(xid) || entry.tag_hashes.iter().any(|tag| within(*tag))
             }
-            AtLeast::Lsn(lsn) => {
-                entry.fence.settled >= lsn
-                    || (self.invalidated_to() >= lsn && self.clock.admits_until(&entry.fence, &entry.tag_hashes, lsn))
-            }
+            AtLeast::Lsn(lsn) => entry.fence.settled >= lsn || (self.invalidated_to() >= lsn && self.covers(entry, lsn)),
         }
     }
 
     /// Does the value contain every commit on its tags that was invalidated before a reader came who noted `heard`?
     pub(crate) fn covers(&self, entry: &Entry, heard: Lsn) -> bool {
-        self.clock.admits_until(&entry.fence, &entry.tag_hashes, heard)
+        self.selections.touch_until(entry, heard) == Touch::Not && self.clock.admits_until(&entry.fence, &entry.tag_hashes, heard)
     }
 
     /// May a value read at this fence be stored? This spares the tiers; safe is only the judgement at each read,
@@ -217,13 +241,13 @@ impl Judge {
         if entry.fence.floor != self.clock.floor() {
             return Some(Refusal::FloorMoved);
         }
-        (!self.admits(entry)).then_some(Refusal::Touched)
+        (self.touch(entry) != Touch::Not).then_some(Refusal::Touched)
     }
 
     /// May it at least be answered as stale? Not from before the floor, and not what was invalidated by hand:
     /// whoever did that wanted it gone.
     pub(crate) fn grace(&self, entry: &Entry) -> bool {
-        self.clock.admits(&entry.fence, entry.own_hashes())
+        self.selections.touch(entry) != Touch::Hard && self.clock.admits(&entry.fence, entry.own_hashes())
     }
 
     /// The fence of a value that does not come from the database.

@@ -127,6 +127,10 @@ impl L2 {
         &self.tier.stats
     }
 
+    pub(crate) fn table(&self) -> &Table {
+        &self.tier
+    }
+
     pub(crate) fn set_epoch(&self, epoch: Epoch) {
         self.tier.epoch.store(epoch.0, Ordering::Release);
     }
@@ -161,10 +165,6 @@ impl L2 {
         }
     }
 
-    pub(crate) fn table(&self) -> &Table {
-        &self.tier
-    }
-
     /// Queues the end of a lease behind what was written before; never waits. With the queue full it runs out by itself.
     pub(crate) fn release(&self, key: &CacheKey, holder: &str) {
         drop(self.jobs.try_send(Job::Release { hash: key.digest(), holder: holder.to_owned() }));
@@ -180,7 +180,7 @@ impl L2 {
 }
 
 impl Table {
-    fn epoch(&self) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         Epoch(self.epoch.load(Ordering::Acquire))
     }
 

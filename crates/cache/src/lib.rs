@@ -11,6 +11,7 @@
 //! | what is answered stale, and when | `stale` |
 //! | what goes on in the background | `refresh` |
 //! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
+//! | what does a hand invalidate that no tag says | `selection`, `selections` |
 //! | what is a fill ticket | `ticket` |
 //! | what is in the table, who writes it | `l2`, `l2_writer`, `sql/` |
 //! | what leaves the table, and when | `upkeep`, `cleanups` |
@@ -30,11 +31,15 @@ mod l2;
 mod l2_writer;
 mod lease;
 mod many;
+mod precondition;
 mod reader;
 mod refresh;
+mod selection;
+mod selections;
 mod stale;
 mod standalone;
 mod stats;
+mod survey;
 mod ticket;
 mod turns;
 mod upkeep;
@@ -48,8 +53,12 @@ pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
 pub use many::{NewEntry, Preloaded};
+pub use precondition::Precondition;
+pub use selection::{Glob, GlobError, Selection};
+pub use selections::{Keeping, Kept};
 pub use standalone::Hand;
 pub use stats::{Counter, Stats};
+pub use survey::Survey;
 pub use ticket::{TicketError, Tickets};
 pub use upkeep::{Cleanup, L2Size, Reason};
 

@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 use walcast_model::CacheKey;
 
-use crate::{AtLeast, Cache, Entry, Hearing, Lookup, MissReason, NamespaceConfig, Stale, Tier, entry::now_ms};
+use crate::{AtLeast, Cache, Entry, Hearing, Lookup, MissReason, NamespaceConfig, Stale, Tier, entry::now_ms, selections::Touch};
 
 /// Does row security stand behind the value? Then what a commit invalidated may have been hidden by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,15 +40,30 @@ impl Cache {
         self.may_be_stale(namespace, entry, namespace.stale_life(), Secured::No)
     }
 
+    /// By key, while somebody makes it anew.
+    pub(crate) fn is_revalidated(&self, entry: &Entry) -> bool {
+        let namespace = self.namespace(entry.key.namespace());
+        let may = |namespace: &NamespaceConfig| {
+            let window = namespace.stale_while_revalidate;
+            !window.is_zero() && self.may_be_stale(namespace, entry, window, Secured::No)
+        };
+        namespace.is_some_and(may)
+    }
+
     fn may_be_stale(&self, namespace: &NamespaceConfig, entry: &Entry, window: Duration, secured: Secured) -> bool {
         // "There is nothing" ends with its time: it is cheap to find out again.
         let window = if entry.negative { Duration::ZERO } else { window };
-        let until = entry.expires_at.saturating_add(window.as_millis() as u64);
-        if until <= now_ms() || !self.0.judge.grace(entry) {
+        let touch = self.0.judge.touch(entry);
+        // What somebody softened counts as expired since then.
+        let ended = match touch {
+            Touch::Soft { since_ms } => entry.expires_at.min(since_ms),
+            Touch::Not | Touch::Hard => entry.expires_at,
+        };
+        if ended.saturating_add(window.as_millis() as u64) <= now_ms() || !self.0.judge.grace(entry) {
             return false;
         }
         let free = secured == Secured::No;
-        if !self.0.judge.admits(entry) {
+        if touch == Touch::Hard {
             return free && namespace.serve_invalidated;
         }
         // Not hearing, nobody knows whether a commit invalidated it.
@@ -76,12 +91,16 @@ impl Cache {
             return None;
         }
         let entry = self.old_to_revalidate(key, Secured::No)?;
-        let stale = if self.hearing() == Hearing::Live { Stale::Revalidate } else { Stale::StreamLost };
+        let stale = match (self.hearing(), self.0.judge.touch(&entry)) {
+            (Hearing::Lost { .. }, _) => Stale::StreamLost,
+            (Hearing::Live, Touch::Soft { .. }) => Stale::Softened,
+            (Hearing::Live, Touch::Not | Touch::Hard) => Stale::Revalidate,
+        };
         Some(Lookup::Hit { entry, tier: Tier::L1, stale: Some(stale) })
     }
 }
 
 /// Was there an entry that is over?
 pub(crate) fn is_over(reason: MissReason) -> bool {
-    matches!(reason, MissReason::Expired | MissReason::Invalidated)
+    matches!(reason, MissReason::Expired | MissReason::Invalidated | MissReason::Softened)
 }

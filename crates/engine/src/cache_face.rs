@@ -1,16 +1,14 @@
-//! A read enters: how fresh it must be, tickets, puts, and invalidation by hand.
+//! A read enters: how fresh it must be, tickets and puts.
 
 use std::{
     collections::HashMap,
     time::{Duration, Instant},
 };
 
-use rand::Rng;
 use tokio_postgres::types::Type;
-use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, PutError, Stale, Stored, TicketError};
+use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, Precondition, PutError, Stale, Stored, TicketError};
 use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
-use walcast_pg::{ColumnFacts, PgError, quote_literal};
-use walcast_protocol::message::{Message, PREFIX};
+use walcast_pg::{ColumnFacts, PgError};
 
 use crate::{Core, Engine, config::Deaf, freshness::Freshness};
 
@@ -23,23 +21,6 @@ pub enum Written {
     By(u64),
     /// Not from this database.
     External,
-}
-
-#[derive(Debug, Clone)]
-pub struct Invalidated {
-    /// From here on no node answers the old entries.
-    pub position: Position,
-    pub tags: usize,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum InvalidateError {
-    #[error("more than {0} tags in one request; invalidate a namespace or a table instead")]
-    TooMany(usize),
-    #[error("the invalidation is written but was not heard within {0} s: the stream is behind")]
-    Unheard(u64),
-    #[error(transparent)]
-    Database(#[from] PgError),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +48,6 @@ const FENCE_AGE: Duration = Duration::from_millis(5);
 const WAIT_FOR_STREAM: Duration = Duration::from_secs(5);
 /// A miss without a ticket is better than a late one.
 const TICKET_WAIT: Duration = Duration::from_secs(1);
-const INVALIDATE_TAGS: usize = 1_000;
 
 impl Engine {
     pub async fn cache_get(&self, key: &CacheKey, freshness: Freshness) -> Lookup {
@@ -76,12 +56,7 @@ impl Engine {
             Some(at_least) => at_least,
             None => return Lookup::Miss { reason: MissReason::NotHearing },
         };
-        match core.cache.get(key, at_least).await {
-            Lookup::Hit { stale: Some(Stale::StreamLost), .. } if core.config.cache.deaf == Deaf::Compute => {
-                Lookup::Miss { reason: MissReason::NotHearing }
-            }
-            lookup => lookup,
-        }
+        core.as_configured(core.cache.get(key, at_least).await)
     }
 
     /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
@@ -112,7 +87,13 @@ impl Engine {
         self.core.cache.take_first_turn(key)
     }
 
-    pub async fn cache_put(&self, key: &CacheKey, value: NewValue, written: Written) -> Result<Stored, PutFailure> {
+    pub async fn cache_put(
+        &self,
+        key: &CacheKey,
+        value: NewValue,
+        written: Written,
+        precondition: &Precondition,
+    ) -> Result<Stored, PutFailure> {
         let core = &self.core;
         let namespace = core.cache.namespace(key.namespace());
         let namespace = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?;
@@ -134,41 +115,7 @@ impl Engine {
                 core.fence_of(Xid(xid), &tags).await?
             }
         };
-        Ok(core.cache.put(key, value, fence)?)
-    }
-
-    /// Raises tags as one commit of our own, and answers once it has come back: then it holds here, and
-    /// in every node that reads the same stream, by that position.
-    pub async fn invalidate(&self, tags: Vec<Tag>) -> Result<Invalidated, InvalidateError> {
-        if tags.len() > INVALIDATE_TAGS {
-            return Err(InvalidateError::TooMany(INVALIDATE_TAGS));
-        }
-        let core = &self.core;
-        let id = format!("{:032x}", rand::rng().random::<u128>());
-        let count = tags.len();
-        let message =
-            Message::Invalidate { tags: tags.iter().map(|tag| tag.as_str().to_owned()).collect(), id: Some(id.clone()) };
-        let mut echo = core.echoes.listen(&id);
-        let doing = "writing an invalidation";
-        let lease = core.pool.lease(doing).await?;
-        // One statement string: a caller who goes away in the middle leaves no transaction open behind him.
-        let sql = format!(
-            "begin; set local synchronous_commit = local; select pg_logical_emit_message(true, {}, {}); commit",
-            quote_literal(PREFIX),
-            quote_literal(&message.text())
-        );
-        if let Err(error) = lease.batch_execute(&sql).await {
-            lease.discard();
-            return Err(PgError::from_driver(doing, error).into());
-        }
-        drop(lease);
-        let heard = tokio::time::timeout(WAIT_FOR_STREAM, echo.heard()).await.ok().flatten();
-        let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
-        Ok(Invalidated { position: Position { epoch: core.progress.epoch(), lsn, index }, tags: count })
-    }
-
-    pub fn cache_delete_local(&self, key: &CacheKey) -> bool {
-        self.core.cache.delete_local(key)
+        Ok(core.cache.put_if(key, value, fence, precondition).await?)
     }
 
     pub fn position(&self) -> Position {
@@ -178,6 +125,16 @@ impl Engine {
 }
 
 impl Core {
+    /// While we do not hear, the config may prefer a miss to what nobody can vouch for.
+    pub(crate) fn as_configured(&self, look: Lookup) -> Lookup {
+        match look {
+            Lookup::Hit { stale: Some(Stale::StreamLost), .. } if self.config.cache.deaf == Deaf::Compute => {
+                Lookup::Miss { reason: MissReason::NotHearing }
+            }
+            look => look,
+        }
+    }
+
     /// Floor and W first, then the snapshot: what moves in between only makes the fence more careful.
     pub(crate) async fn fence(&self) -> Result<Fence, PgError> {
         if let Some((fence, at)) = self.shared_fence.lock().clone()

@@ -26,6 +26,11 @@ impl Echoes {
         Echo { echoes: self, id: id.to_owned(), place }
     }
 
+    /// Does somebody here wait for it? Then we wrote it.
+    pub fn awaits(&self, id: &str) -> bool {
+        self.waiting.lock().contains_key(id)
+    }
+
     pub fn came_back(&self, id: &str, lsn: Lsn, index: u32) {
         if let Some(waiting) = self.waiting.lock().remove(id) {
             let _ = waiting.send((lsn, index));

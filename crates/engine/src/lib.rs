@@ -3,12 +3,14 @@
 //! [`Engine::start`] attaches to a database; [`Engine::subscribe`], [`Engine::cache_get`] and [`Engine::query`] are the three
 //! ways through the house. What happens when a row changes: [`pipeline`].
 
+mod cache_batch;
 pub mod cache_face;
 pub mod config;
 pub mod doctor;
 mod echoes;
 mod freshness;
 mod health;
+mod invalidation;
 mod metrics;
 pub mod migrate;
 pub mod namespaces;
@@ -43,10 +45,11 @@ use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
 
-pub use cache_face::{InvalidateError, Invalidated, PutFailure, Written};
+pub use cache_face::{PutFailure, Written};
 pub use config::EngineConfig;
 pub use freshness::{Freshness, FreshnessError};
 pub use health::{Health, Readiness};
+pub use invalidation::{InvalidateError, Invalidated, Invalidation, What};
 pub use namespaces::{NamespaceError, Right};
 pub use progress::StreamState;
 pub use queries::{How, QueryAnswer, QueryFailure};
@@ -54,7 +57,8 @@ pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, re
 pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
-    Entry, Lookup, MissReason, NamespaceConfig, NewValue, Policy, PutError, Source, Stale, Stored, TicketError, Tier,
+    Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
+    Stale, Stored, Survey, TicketError, Tier,
 };
 pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
 pub use walcast_matcher::EventMask;

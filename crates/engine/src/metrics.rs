@@ -15,6 +15,8 @@ pub struct Metrics {
     pub rule_tags: Counter,
     pub cascades: Counter,
     pub cascades_failed: Counter,
+    pub invalidations: Counter,
+    pub invalidations_widened: Counter,
     pub commit_to_announced: Histogram,
     pub subscriptions: Gauge,
     pub stream_attached: Gauge,
@@ -43,6 +45,11 @@ impl Metrics {
             "walcast_cascades_failed_total",
             "Lookups without an answer: the rule's coarse form was raised instead"
         );
+        describe_counter!("walcast_invalidations_total", "Invalidations by hand read from the stream");
+        describe_counter!(
+            "walcast_invalidations_widened_total",
+            "Invalidations by hand that became one of everything: too many in a second, too large, or not readable"
+        );
         describe_histogram!("walcast_commit_to_announced_seconds", "From commit to outbox, for the last commit of each batch");
         describe_gauge!("walcast_subscriptions", "Live bindings");
         describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
@@ -65,6 +72,8 @@ impl Metrics {
             rule_tags: counter!("walcast_rule_tags_raised_total"),
             cascades: counter!("walcast_cascades_total"),
             cascades_failed: counter!("walcast_cascades_failed_total"),
+            invalidations: counter!("walcast_invalidations_total"),
+            invalidations_widened: counter!("walcast_invalidations_widened_total"),
             commit_to_announced: histogram!("walcast_commit_to_announced_seconds"),
             subscriptions: gauge!("walcast_subscriptions"),
             stream_attached: gauge!("walcast_stream_attached"),

@@ -189,6 +189,13 @@ impl TagClock {
         self.slots.iter().enumerate().filter_map(raised).collect()
     }
 
+    /// The tag's slot, whenever it was raised.
+    pub fn image(&self, tag: TagHash) -> SlotImage {
+        let index = self.index(tag);
+        let recent = lock(&self.slots[index].recent);
+        SlotImage { index: index as u32, dropped: recent.dropped, stamps: recent.stamps.iter().flatten().copied().collect() }
+    }
+
     /// Puts a checkpoint's slot back. Returns false if the clock has no such slot.
     pub fn load(&self, image: &SlotImage) -> bool {
         let Some(slot) = self.slots.get(image.index as usize) else {
@@ -208,9 +215,12 @@ impl TagClock {
     }
 
     fn slot(&self, tag: TagHash) -> &Slot {
+        &self.slots[self.index(tag)]
+    }
+
+    fn index(&self, tag: TagHash) -> usize {
         // The high bits choose, so that a clock of another size is not a shifted copy of this one.
-        let index = ((u128::from(tag.0) * self.slots.len() as u128) >> 64) as usize;
-        &self.slots[index]
+        ((u128::from(tag.0) * self.slots.len() as u128) >> 64) as usize
     }
 }
 

@@ -94,7 +94,14 @@ async fn p10_the_serve_role_is_granted_its_own_schema_and_owns_nothing() -> Resu
         )
         .await?;
     let granted: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
-    let tables = ["walcast.state", "walcast.clock", "walcast.sentinel", "walcast.cache_entries", "walcast.cache_cleanups"];
+    let tables = [
+        "walcast.state",
+        "walcast.clock",
+        "walcast.sentinel",
+        "walcast.selections",
+        "walcast.cache_entries",
+        "walcast.cache_cleanups",
+    ];
     let mut expected: BTreeSet<String> = tables
         .iter()
         .flat_map(|table| ["SELECT", "INSERT", "UPDATE", "DELETE"].map(|right| format!("{table} {right}")))

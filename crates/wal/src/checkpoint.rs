@@ -1,4 +1,4 @@
-//! What survives a restart: epoch and floor (logged), the tag clock and the sentinel (unlogged).
+//! What survives a restart: epoch and floor (logged), the tag clock, what stands beside it, and the sentinel (unlogged).
 //!
 //! The unlogged tables are emptied by crash recovery. That is their use: when the sentinel row is gone,
 //! transaction ids may have been used again and asynchronous commits are lost, so no older entry may be answered.
@@ -65,7 +65,7 @@ pub async fn attach(client: &mut Client, facts: &Attaching<'_>, clock: &TagClock
 
     let standing = decide(facts, clock, state.as_ref(), sentinel.as_ref());
     if standing.moved.is_some() || sentinel.is_none() {
-        let sql = "delete from walcast.clock";
+        let sql = "delete from walcast.clock; delete from walcast.selections";
         transaction.batch_execute(sql).await.map_err(PgError::when(WRITING))?;
     } else if facts.running.is_none() {
         load(&transaction, clock).await?;
@@ -150,18 +150,57 @@ fn decide(facts: &Attaching<'_>, clock: &TagClock, state: Option<&State>, sentin
     Standing { epoch: state.epoch, floor: state.floor, covered: sentinel.covered, moved: None }
 }
 
+/// An invalidation that no tag expresses, as its owner writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SelectionImage {
+    pub stamp: Stamp,
+    /// Unix milliseconds.
+    pub heard_at_ms: u64,
+    /// A JSON object.
+    pub content: String,
+}
+
+/// What stands beside the clock, and must be saved with it.
+#[derive(Debug, Default)]
+pub struct Beside {
+    /// None: as it was saved last.
+    pub selections: Option<Vec<SelectionImage>>,
+    /// Tags raised with stamps older than the last checkpoint: their slots do not look changed.
+    pub raised_late: Vec<TagHash>,
+}
+
+/// What stood beside the clock at the last checkpoint. Read it once the clock has been loaded.
+pub async fn selections(client: &Client) -> Result<Vec<SelectionImage>, PgError> {
+    let sql = "select lsn::text, xid::text, (extract(epoch from heard_at) * 1000)::int8, content::text from walcast.selections \
+               order by lsn";
+    let wrong = |what: String| PgError::Unexpected { doing: READING, what };
+    let image = |row: &tokio_postgres::Row| {
+        let lsn = row.get::<_, &str>(0).parse().map_err(|error| wrong(format!("{error}")))?;
+        let xid = row.get::<_, &str>(1).parse().map(Xid).map_err(|error| wrong(format!("{error}")))?;
+        let heard_at_ms = row.get::<_, i64>(2).max(0) as u64;
+        Ok(SelectionImage { stamp: Stamp { lsn, xid }, heard_at_ms, content: row.get(3) })
+    };
+    client.query_typed(sql, &[]).await.map_err(PgError::when(READING))?.iter().map(image).collect()
+}
+
 /// Writes what changed since the last checkpoint; from then on `up_to` may be acknowledged.
 /// `up_to` must have been invalidated, and all up to `settled` been settled, before the call: a snapshot that sees the
 /// sentinel sees them too.
 pub async fn save(
     client: &mut Client,
     clock: &TagClock,
+    beside: &Beside,
     standing: &Standing,
     rules: &str,
     up_to: Lsn,
     settled: Lsn,
 ) -> Result<Standing, PgError> {
-    let images = clock.changed_since(standing.covered);
+    let mut images = clock.changed_since(standing.covered);
+    for late in beside.raised_late.iter().map(|tag| clock.image(*tag)) {
+        if images.iter().all(|image| image.index != late.index) {
+            images.push(late);
+        }
+    }
     let transaction = client.transaction().await.map_err(PgError::when(WRITING))?;
     transaction.batch_execute("set local synchronous_commit = off").await.map_err(PgError::when(WRITING))?;
     for batch in images.chunks(BATCH) {
@@ -175,10 +214,28 @@ pub async fn save(
             &[(&indexes, Type::INT4_ARRAY), (&dropped, Type::TEXT_ARRAY), (&stamps, Type::BYTEA_ARRAY)];
         transaction.query_typed(sql, params).await.map_err(PgError::when(WRITING))?;
     }
+    if let Some(selections) = &beside.selections {
+        write_selections(&transaction, selections).await?;
+    }
     let covered = Standing { covered: up_to, ..standing.clone() };
     write_sentinel(&transaction, &covered, clock, rules, settled).await?;
     transaction.commit().await.map_err(PgError::when(WRITING))?;
     Ok(covered)
+}
+
+async fn write_selections(transaction: &tokio_postgres::Transaction<'_>, selections: &[SelectionImage]) -> Result<(), PgError> {
+    transaction.batch_execute("delete from walcast.selections").await.map_err(PgError::when(WRITING))?;
+    let text = |pick: fn(&SelectionImage) -> String| selections.iter().map(pick).collect::<Vec<String>>();
+    let (lsns, xids) = (text(|one| one.stamp.lsn.to_string()), text(|one| one.stamp.xid.to_string()));
+    let (heard_at, contents) =
+        (selections.iter().map(|one| one.heard_at_ms as i64).collect::<Vec<_>>(), text(|one| one.content.clone()));
+    let sql = "insert into walcast.selections (lsn, xid, heard_at, content) \
+               select l::pg_lsn, x::xid8, to_timestamp(h / 1000.0), c::jsonb \
+               from unnest($1::text[], $2::text[], $3::int8[], $4::text[]) as v (l, x, h, c)";
+    let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] =
+        &[(&lsns, Type::TEXT_ARRAY), (&xids, Type::TEXT_ARRAY), (&heard_at, Type::INT8_ARRAY), (&contents, Type::TEXT_ARRAY)];
+    transaction.query_typed(sql, params).await.map_err(PgError::when(WRITING))?;
+    Ok(())
 }
 
 async fn write_sentinel(

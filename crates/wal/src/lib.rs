@@ -17,4 +17,5 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
     ("wal/0001_state", include_str!("../sql/0001_state.sql")),
     ("wal/0002_publications", include_str!("../sql/0002_publications.sql")),
     ("wal/0003_settled", include_str!("../sql/0003_settled.sql")),
+    ("wal/0004_selections", include_str!("../sql/0004_selections.sql")),
 ];

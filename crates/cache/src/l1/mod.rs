@@ -55,9 +55,14 @@ impl L1 {
 
     /// Stores unless `keep` says that the entry which is there already must stay.
     pub(crate) fn put_unless(&self, key: &CacheKey, entry: Arc<Entry>, keep: impl FnOnce(&Entry) -> bool) -> bool {
+        self.put_where(key, entry, |there| !there.is_some_and(keep))
+    }
+
+    /// Stores if what is there, or that nothing is, suits.
+    pub(crate) fn put_where(&self, key: &CacheKey, entry: Arc<Entry>, suits: impl FnOnce(Option<&Entry>) -> bool) -> bool {
         let room = self.room(key);
         let _one_at_a_time = self.stripe(key).lock();
-        if room.peek(key).is_some_and(|there| keep(&there)) {
+        if !suits(room.peek(key).as_deref()) {
             return false;
         }
         room.insert(key, entry);
@@ -76,6 +81,12 @@ impl L1 {
     pub(crate) fn delete(&self, key: &CacheKey) -> bool {
         let _one_at_a_time = self.stripe(key).lock();
         self.room(key).delete(key)
+    }
+
+    /// Until `visit` answers false, in no order. Answers whether it met every entry: not every engine can list its own.
+    pub(crate) fn each(&self, mut visit: impl FnMut(&CacheKey, &Entry) -> bool) -> bool {
+        // Each of them, also past one that cannot be listed.
+        self.rooms.iter().filter(|room| !room.each(&mut visit)).count() == 0
     }
 
     pub(crate) fn clear(&self) {

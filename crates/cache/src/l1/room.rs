@@ -152,6 +152,13 @@ impl Room {
         }
     }
 
+    pub(super) fn each(&self, visit: &mut impl FnMut(&CacheKey, &Entry) -> bool) -> bool {
+        match &self.engine {
+            Engine::Quick(cache) => cache.iter().all(|(key, kept)| visit(&key, &kept.entry)),
+            Engine::Foyer { .. } => self.len() == 0,
+        }
+    }
+
     pub(super) fn clear(&self) {
         match &self.engine {
             Engine::Quick(cache) => cache.clear(),

@@ -17,7 +17,7 @@ use walcast_pg::{PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 use walcast_wal::checkpoint;
 
-use crate::{Core, doctor, progress::StreamState};
+use crate::{Core, doctor, invalidation, progress::StreamState};
 
 /// A round that takes longer is given up; the next one begins with a new connection.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -111,7 +111,12 @@ impl Keeper {
         let standing = self.core.standing.lock().clone();
         if let Some(standing) = standing {
             let rules = self.core.tag_rules.with_fingerprint(&self.core.fingerprint.lock());
-            let saved = checkpoint::save(&mut client, &self.core.clock, &standing, &rules, covered, settled).await?;
+            let keeping = self.core.cache.keeping();
+            let beside = invalidation::beside(keeping.as_ref());
+            let saved = checkpoint::save(&mut client, &self.core.clock, &beside, &standing, &rules, covered, settled).await?;
+            if let Some(keeping) = keeping {
+                self.core.cache.kept(&keeping);
+            }
             let mut current = self.core.standing.lock();
             // Attached anew meanwhile: that standing is the newer one.
             if current.as_ref().is_some_and(|now| (now.epoch, now.floor) == (saved.epoch, saved.floor)) {

@@ -15,11 +15,12 @@ use tokio_util::sync::CancellationToken;
 use walcast_matcher::{tags, tags_of_table};
 use walcast_model::{Commit, Epoch, Item, Lsn, Scope, Stamp, Table, TableId, Tag, TagHash, Xid};
 use walcast_pg::TaggedColumns;
-use walcast_protocol::message::{Message, PREFIX};
+use walcast_protocol::message::{Invalidate, Message, PREFIX};
 use walcast_wal::{Heard, Session, SlotState, Stream, StreamConfig, StreamError, checkpoint, ensure_slot};
 
 use crate::{
     Core, EngineError,
+    invalidation::Hands,
     pipeline::{InFlight, Intake, acknowledge::rules_tag},
     progress::StreamState,
 };
@@ -47,6 +48,7 @@ pub struct IntakeTask {
     described: HashSet<TableId>,
     /// What the catalog said before any entry was answered: what a first description is held against.
     at_start: Option<HashMap<TableId, TaggedColumns>>,
+    hands: Hands,
 }
 
 impl IntakeTask {
@@ -63,6 +65,7 @@ impl IntakeTask {
             known: HashMap::new(),
             described: HashSet::new(),
             at_start: None,
+            hands: Hands::new(),
         }
     }
 
@@ -189,13 +192,9 @@ impl IntakeTask {
             match item {
                 Item::Change(_) => {}
                 Item::Redefined(table) => self.redefined(table, commit.lsn),
-                Item::Message { prefix, content } if **prefix == *PREFIX => match Message::parse(content) {
-                    Some(Message::Invalidate { tags, .. }) => {
-                        tags.iter().for_each(|tag| clock.raise(Tag::stored(tag).hash(), stamp));
-                    }
-                    Some(Message::Heartbeat { .. }) => {}
-                    None => tracing::warn!("a logical message with prefix `walcast` cannot be read and is ignored"),
-                },
+                Item::Message { prefix, content } if **prefix == *PREFIX => {
+                    self.hands.hear(&self.core, content, stamp, commit.committed_at_us);
+                }
                 Item::Message { .. } => {}
             }
         }
@@ -247,11 +246,11 @@ impl IntakeTask {
                 continue;
             }
             match Message::parse(content) {
-                Some(Message::Heartbeat { nonce, at_ms }) if nonce == self.core.nonce => {
+                Ok(Message::Heartbeat { nonce, at_ms }) if nonce == self.core.nonce => {
                     // When it was written, not when it was read: a lagging stream brings old ones in good order.
                     self.core.progress.note_heard(self.core.started + Duration::from_millis(at_ms));
                 }
-                Some(Message::Invalidate { id: Some(id), .. }) => self.core.echoes.came_back(&id, commit.lsn, *index),
+                Ok(Message::Invalidate(Invalidate { id: Some(id), .. })) => self.core.echoes.came_back(&id, commit.lsn, *index),
                 _ => {}
             }
         }
@@ -300,6 +299,12 @@ impl IntakeTask {
         };
         let standing = checkpoint::attach(&mut control, &facts, &core.clock).await?;
         core.clock.move_floor(standing.floor);
+        match standing.moved {
+            // The checkpoint's are gone; ours may still speak of what is read from now on.
+            Some(_) => core.cache.forget_kept(),
+            None if running.is_none() => core.stand_again(&checkpoint::selections(&control).await?),
+            None => {}
+        }
         if let Some(reason) = standing.moved {
             tracing::info!(reason, epoch = %standing.epoch, floor = standing.floor.0, "no older entry is answered from here on");
         }

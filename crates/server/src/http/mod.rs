@@ -95,11 +95,15 @@ pub fn router(app: App) -> Router {
         .route("/sse/v1/changes", get(sse::changes))
         .route("/query/v1/{name}", get(query::get).post(query::post))
         .route("/admin/v1/cache", get(admin::cache))
-        .route("/cache/v1/invalidate", post(cache::invalidate))
+        .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",
-            // HEAD is answered by GET's handler, which axum calls for it.
-            get(cache::get).put(cache::put).delete(cache::delete).layer(DefaultBodyLimit::max(body_limit)),
+            get(cache::get)
+                .head(cache::presence::head)
+                .post(cache::batch::post)
+                .put(cache::put)
+                .delete(cache::delete)
+                .layer(DefaultBodyLimit::max(body_limit)),
         )
         .route("/rest/v1", elsewhere())
         .route("/rest/v1/{*rest}", elsewhere())
@@ -128,8 +132,17 @@ fn elsewhere() -> MethodRouter<App> {
 
 /// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
 fn from_any_page() -> CorsLayer {
-    let told =
-        ["cache-status", "walcast-position", "walcast-ticket", "walcast-compute", "cache-tag", "etag", "age", "retry-after"];
+    let told = [
+        "cache-status",
+        "walcast-position",
+        "walcast-ticket",
+        "walcast-compute",
+        "walcast-ttl",
+        "cache-tag",
+        "etag",
+        "age",
+        "retry-after",
+    ];
     CorsLayer::new()
         .allow_origin(Any)
         .allow_methods(Any)

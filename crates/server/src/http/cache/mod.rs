@@ -1,8 +1,13 @@
-//! `/cache/v1/{namespace}/{key}`: GET, HEAD, PUT, DELETE, and `POST /cache/v1/invalidate`.
+//! `/cache/v1/{namespace}/{key}`: GET, PUT, DELETE. [`presence`]: HEAD and preconditions. [`invalidate`]: invalidation by
+//! hand. [`batch`]: many keys at once.
 //!
 //! A miss answers 404 with a ticket; the value that was then read is put back with it. `Cache-Status` tells on every answer.
 //! Of those who are answered an old value within `stale_while_revalidate`, one has a ticket to put it anew. That there is
 //! nothing is known too: 404 without a ticket.
+
+pub mod batch;
+pub mod invalidate;
+pub mod presence;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -15,10 +20,9 @@ use axum::{
 };
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
-    Entry, Freshness, InvalidateError, Lookup, NewValue, PutError, PutFailure, Right, Stale, Stored, Written,
+    Entry, Freshness, Invalidation, Lookup, NewValue, NotStored, PutError, PutFailure, Right, Stale, Stored, Tier, What, Written,
     model::{CacheKey, Claims, Tag},
 };
 
@@ -44,18 +48,11 @@ pub async fn get(
     let look = if forced { None } else { Some(app.engine.cache_get(&key, freshness).await) };
     let mut response = match look {
         Some(Lookup::Hit { entry, tier, stale }) => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+            let now = now_ms();
             // Without the stream nothing could be stored.
             let to_be_put_anew = stale.is_some_and(|stale| stale != Stale::StreamLost);
             let ticket = if to_be_put_anew { app.engine.cache_refresh_ticket(&key).await } else { None };
-            let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
-            if entry.negative {
-                status = format!("walcast; hit; ttl={}; detail=negative", entry.ttl(now).as_secs());
-            }
-            if let Some(stale) = stale {
-                status = format!("walcast; hit; stale; detail={}", stale.as_str());
-            }
-            let mut response = hit(&key, &entry, &headers, &status, entry.age(now));
+            let mut response = hit(&key, &entry, &headers, &told_hit(&entry, tier, stale, now), entry.age(now));
             if let Some(ticket) = ticket {
                 response.headers_mut().insert(TICKET, header_value(&ticket));
             }
@@ -69,6 +66,18 @@ pub async fn get(
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
     Ok(response)
+}
+
+fn told_hit(entry: &Entry, tier: Tier, stale: Option<Stale>, now: u64) -> String {
+    match stale {
+        None if entry.negative => format!("walcast; hit; ttl={}; detail=negative", entry.ttl(now).as_secs()),
+        None => format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str()),
+        Some(stale) => format!("walcast; hit; stale; detail={}", stale.as_str()),
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 async fn miss(app: &App, key: &CacheKey, forwarded: &str, why: &str, leads: bool) -> Response {
@@ -132,8 +141,9 @@ pub async fn put(
     let content_type = text("content-type").unwrap_or("application/octet-stream").into();
     let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(&headers)?, negative };
     let position = app.engine.position();
-    let answer = match app.engine.cache_put(&key, value, written).await {
+    let answer = match app.engine.cache_put(&key, value, written, &presence::precondition(&headers)?).await {
         Ok(Stored::Yes { .. }) => json!({ "stored": true }),
+        Ok(Stored::No(NotStored::Precondition)) => return Err(presence::failed()),
         Ok(Stored::No(refusal)) => json!({ "stored": false, "reason": refusal.as_str() }),
         // The value was good for its reader all the same.
         Err(PutFailure::Ticket(error)) => json!({ "stored": false, "reason": error.code() }),
@@ -204,80 +214,8 @@ pub async fn delete(
     Caller(claims): Caller,
 ) -> Result<Response, Refusal> {
     let key = key(&app, path, &claims, Right::Invalidate)?;
-    app.engine.cache_delete_local(&key);
-    invalidated(&app, vec![Tag::key(&key)]).await
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Invalidate {
-    namespace: Option<String>,
-    #[serde(default)]
-    keys: Vec<String>,
-    #[serde(default)]
-    tags: Vec<String>,
-}
-
-pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
-    let wrong = |code: &str, why: String| {
-        Refusal::new(StatusCode::BAD_REQUEST, code, why)
-            .hint("send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"n\", \"keys\": [\"k\"]} or {\"namespace\": \"n\"}")
-    };
-    let asked: Invalidate = serde_json::from_slice(&body).map_err(|error| {
-        let why = error.to_string().replace("struct Invalidate", "an object with namespace, keys, tags");
-        wrong("bad_body", format!("the body cannot be read: {why}"))
-    })?;
-    let mut raised = Vec::new();
-    match (&asked.namespace, asked.keys.is_empty(), asked.tags.is_empty()) {
-        (None, true, true) => return Err(wrong("nothing_named", "the request names nothing to invalidate".into())),
-        (None, false, _) => return Err(wrong("namespace_required", "keys need their namespace".into())),
-        _ => {}
-    }
-    if let Some(namespace) = &asked.namespace {
-        app.engine.may_use_namespace(&claims, Right::Invalidate, namespace)?;
-        if asked.keys.is_empty() && asked.tags.is_empty() {
-            raised.push(Tag::namespace(namespace));
-        }
-        for key in &asked.keys {
-            let key = CacheKey::new(namespace, key).map_err(|error| wrong("bad_key", error.to_string()))?;
-            app.engine.cache_delete_local(&key);
-            raised.push(Tag::key(&key));
-        }
-    }
-    if !asked.tags.is_empty() && claims.role() != "service_role" {
-        return Err(Refusal::new(
-            StatusCode::FORBIDDEN,
-            "role_not_allowed",
-            "tags reach into every namespace; this role may not raise them",
-        )
-        .hint("use a service_role token, or invalidate by namespace and keys"));
-    }
-    for tag in &asked.tags {
-        let tag = Tag::parse(tag).map_err(|error| wrong("bad_tag", error.to_string()))?;
-        raised.push(tag);
-    }
-    invalidated(&app, raised).await
-}
-
-async fn invalidated(app: &App, tags: Vec<Tag>) -> Result<Response, Refusal> {
-    match app.engine.invalidate(tags).await {
-        Ok(done) => {
-            let position = header_value(&done.position.to_string());
-            let answer = json!({ "invalidated": done.tags, "position": done.position.to_string() });
-            Ok(([(POSITION, position)], Json(answer)).into_response())
-        }
-        Err(error @ InvalidateError::TooMany(_)) => {
-            Err(Refusal::new(StatusCode::BAD_REQUEST, "too_many_tags", error.to_string()).hint("split the request"))
-        }
-        Err(error @ InvalidateError::Unheard(_)) => {
-            Err(Refusal::new(StatusCode::GATEWAY_TIMEOUT, "not_heard_yet", error.to_string())
-                .hint("it takes effect when the stream comes to it; /readyz shows the lag"))
-        }
-        Err(error @ InvalidateError::Database(_)) => {
-            Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "database_away", error.to_string())
-                .hint("nothing was invalidated; try again"))
-        }
-    }
+    let namespace = Some(key.namespace().to_owned());
+    invalidate::invalidated(&app, &Invalidation { namespace, what: What::Keys(vec![key]), soft: false }).await
 }
 
 /// The caller's key, if he has the right.
