@@ -86,15 +86,11 @@ async fn scans(queries: &Queries, query: &NamedQuery, plan: &Plan) -> Result<Vec
     for (table, columns) in found {
         let (schema, name) = (table.schema(), table.table());
         let lease = queries.pool().lease(DOING).await?;
-        let rows =
-            lease.query_typed(sql, &[(&schema, Type::TEXT), (&name, Type::TEXT)]).await.map_err(PgError::when(DOING))?;
+        let rows = lease.query_typed(sql, &[(&schema, Type::TEXT), (&name, Type::TEXT)]).await.map_err(PgError::when(DOING))?;
         let rows = rows.first().map_or(0.0, |row| row.get::<_, f32>(0));
         if rows >= LARGE_ROWS {
-            let what = format!(
-                "query `{}` reads all {rows:.0} rows of {table} to find those of one {}",
-                query.name,
-                columns.join(", ")
-            );
+            let what =
+                format!("query `{}` reads all {rows:.0} rows of {table} to find those of one {}", query.name, columns.join(", "));
             advice.push(Advice { what, mend: create_index(&table, &columns) });
         }
     }

@@ -129,9 +129,8 @@ impl Header {
     /// The tags, once every parameter is known.
     pub fn templates(&self) -> Result<Vec<TagTemplate>, Wrong> {
         let names: Vec<&str> = self.params.iter().map(|param| param.name.as_str()).collect();
-        let parsed = self.tags.iter().map(|(line, text)| {
-            TagTemplate::parse(text, &names).map_err(|(what, hint)| (*line, what, hint))
-        });
+        let parsed =
+            self.tags.iter().map(|(line, text)| TagTemplate::parse(text, &names).map_err(|(what, hint)| (*line, what, hint)));
         parsed.collect()
     }
 }

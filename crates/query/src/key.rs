@@ -103,9 +103,11 @@ mod tests {
         let of = |file: &str| key(&ask(file, &[]).unwrap(), &claims("u")).unwrap();
         let before = of("-- name: q\n-- ttl: 5m\nselect 1");
         assert_eq!(before, of("-- name: q\n-- describe: what it is\n-- ttl: 300s\n-- a comment\n\nselect 1;\n"));
-        for other in
-            ["-- name: q\n-- ttl: 5m\nselect 2", "-- name: q\n-- ttl: 6m\nselect 1", "-- name: q\n-- ttl: 5m\n-- tags: t\nselect 1"]
-        {
+        for other in [
+            "-- name: q\n-- ttl: 5m\nselect 2",
+            "-- name: q\n-- ttl: 6m\nselect 1",
+            "-- name: q\n-- ttl: 5m\n-- tags: t\nselect 1",
+        ] {
             assert_ne!(before, of(other), "{other}");
         }
         assert_eq!(of("-- name: q\n-- namespace: patients\nselect 1").namespace(), "query.patients");

@@ -77,7 +77,10 @@ impl PageBy {
             return Err((format!("a query with pages cannot have a parameter `{name}`"), hint));
         }
         if query.is_some_and(|query| !is_unlimited(query)) {
-            return Err(("a query with pages has a LIMIT of its own".into(), "delete the LIMIT, OFFSET or FETCH at its end".into()));
+            return Err((
+                "a query with pages has a LIMIT of its own".into(),
+                "delete the LIMIT, OFFSET or FETCH at its end".into(),
+            ));
         }
         if self.size > max_rows {
             return Err((format!("a page of {} rows is larger than max_rows", self.size), "raise `-- max_rows:`".into()));
@@ -222,8 +225,7 @@ mod tests {
         let page = by("5 by a desc, b");
         let (sql, values) = page.after_sql(&[Some("x".into()), Some("7".into())], &[false, false], 3);
         assert_eq!(
-            sql,
-            "\"a\" <= $3 and ((\"a\" < $3) or (\"a\" = $3 and (\"b\" > $4 or \"b\" is null)))",
+            sql, "\"a\" <= $3 and ((\"a\" < $3) or (\"a\" = $3 and (\"b\" > $4 or \"b\" is null)))",
             "a descending column has its nulls first, so an index can begin at the value"
         );
         assert_eq!(values, ["x", "7"]);

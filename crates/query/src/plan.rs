@@ -71,13 +71,7 @@ struct Seen {
 }
 
 /// `publication` feeds the cache: what is not in it cannot be followed.
-pub async fn plan(
-    pool: &Pool,
-    query: &NamedQuery,
-    role: &str,
-    timeout: Duration,
-    publication: &str,
-) -> Result<Plan, QueryError> {
+pub async fn plan(pool: &Pool, query: &NamedQuery, role: &str, timeout: Duration, publication: &str) -> Result<Plan, QueryError> {
     if !query.allows(role) {
         return Err(QueryError::RoleNotAllowed { name: query.name.clone(), role: role.to_owned() });
     }
@@ -235,8 +229,7 @@ async fn explain(client: &Client, query: &NamedQuery) -> Result<Value, Trouble> 
     let order = query.page.as_ref().map(|page| format!(" order by {}", page.order_sql())).unwrap_or_default();
     let prepare = format!("prepare {name}{types} as select * from (\n{}\n) walcast_q{order}", query.sql);
     client.batch_execute(&prepare).await.map_err(|error| Trouble { line: line(query, &prepare, &error), error: wrong(error) })?;
-    let messages =
-        client.simple_query(&format!("explain (verbose, format json) execute {name}{nulls}")).await.map_err(&wrong)?;
+    let messages = client.simple_query(&format!("explain (verbose, format json) execute {name}{nulls}")).await.map_err(&wrong)?;
     client.batch_execute(&format!("deallocate {name}")).await.map_err(&wrong)?;
     let text: String = messages
         .iter()

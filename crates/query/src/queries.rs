@@ -46,13 +46,8 @@ struct Plans {
 
 impl Queries {
     pub fn new(queries: Vec<NamedQuery>, pool: Pool, timeout: Duration, publication: &str) -> Queries {
-        let inner = Inner {
-            queries: by_name(queries),
-            pool,
-            timeout,
-            publication: publication.to_owned(),
-            plans: Arc::default(),
-        };
+        let inner =
+            Inner { queries: by_name(queries), pool, timeout, publication: publication.to_owned(), plans: Arc::default() };
         Queries(Arc::new(inner))
     }
 

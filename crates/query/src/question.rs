@@ -22,7 +22,8 @@ impl Question {
     pub fn new(query: Arc<NamedQuery>, params: &HashMap<String, String>) -> Result<Question, QueryError> {
         let page = page(&query, params)?;
         let name = || query.name.clone();
-        let known = |given: &&String| query.params.iter().any(|param| param.name == **given) || (page.is_some() && reserved(given));
+        let known =
+            |given: &&String| query.params.iter().any(|param| param.name == **given) || (page.is_some() && reserved(given));
         let mut unknown: Vec<&String> = params.keys().filter(|given| !known(given)).collect();
         unknown.sort();
         if let Some(param) = unknown.first() {
@@ -53,11 +54,8 @@ fn bad(param: &str, type_name: &str, message: &str) -> QueryError {
 }
 
 fn value(query: &NamedQuery, param: &Param, params: &HashMap<String, String>) -> Result<String, QueryError> {
-    let missing = || QueryError::MissingParam {
-        name: query.name.clone(),
-        param: param.name.clone(),
-        type_name: param.type_name.clone(),
-    };
+    let missing =
+        || QueryError::MissingParam { name: query.name.clone(), param: param.name.clone(), type_name: param.type_name.clone() };
     let value = params.get(&param.name).or(param.default.as_ref()).cloned().ok_or_else(missing)?;
     if value.contains('\0') {
         return Err(bad(&param.name, &param.type_name, "it holds a zero byte"));

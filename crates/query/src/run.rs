@@ -85,11 +85,8 @@ pub async fn tags(
     let sql = values_alone(&question.query, plan);
     let values: Vec<TextParam> = question.values.iter().map(|value| TextParam(value)).collect();
     // Declared although it may not be used: PostgreSQL takes more types than there are parameters.
-    let typed: Vec<_> = values
-        .iter()
-        .zip(&plan.param_types)
-        .map(|(value, oid)| (value as &(dyn ToSql + Sync), param_type(*oid)))
-        .collect();
+    let typed: Vec<_> =
+        values.iter().zip(&plan.param_types).map(|(value, oid)| (value as &(dyn ToSql + Sync), param_type(*oid))).collect();
     let rows = rows(pool, &question.query, claims, &sql, &typed, timeout).await?;
     Ok(answer(&question.query, plan, rows.first().ok_or_else(|| unexpected("no row"))?)?.tags)
 }
@@ -164,8 +161,7 @@ fn field(error: tokio_postgres::Error) -> QueryError {
 
 fn answer(query: &NamedQuery, plan: &Plan, row: &Row) -> Result<Answer, QueryError> {
     let rows = row.try_get::<_, i64>(1).map_err(field)? as usize;
-    let snapshot: Snapshot =
-        row.try_get::<_, &str>(2).map_err(field)?.parse().map_err(|error| unexpected(format!("{error}")))?;
+    let snapshot: Snapshot = row.try_get::<_, &str>(2).map_err(field)?.parse().map_err(|error| unexpected(format!("{error}")))?;
     let in_recovery: bool = row.try_get(3).map_err(field)?;
     let mut groups = Vec::new();
     for (index, dependency) in plan.dependencies.iter().enumerate() {

@@ -70,7 +70,10 @@ pub(crate) fn batch(query: &NamedQuery, plan: &Plan) -> String {
 
 /// The same values without any row: for whoever asks what an answer would hang on.
 pub(crate) fn values_alone(query: &NamedQuery, plan: &Plan) -> String {
-    format!("select null::text, 0::int8, pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_is_in_recovery(){}", values(query, plan))
+    format!(
+        "select null::text, 0::int8, pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_is_in_recovery(){}",
+        values(query, plan)
+    )
 }
 
 /// `, array[…], …`: of each dependency the values that narrow it; last the parameters that tags are made of.

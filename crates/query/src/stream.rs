@@ -56,11 +56,8 @@ impl RowLines {
             query.sql
         );
         let values: Vec<TextParam> = question.values.iter().map(|value| TextParam(value)).collect();
-        let typed: Vec<(&(dyn ToSql + Sync), Type)> = values
-            .iter()
-            .zip(&plan.param_types)
-            .map(|(value, oid)| (value as &(dyn ToSql + Sync), param_type(*oid)))
-            .collect();
+        let typed: Vec<(&(dyn ToSql + Sync), Type)> =
+            values.iter().zip(&plan.param_types).map(|(value, oid)| (value as &(dyn ToSql + Sync), param_type(*oid))).collect();
         if let Err(error) = scope.client().query_typed(&sql, &typed).await {
             let error = run_error(query, error, timeout);
             if let Err(error) = scope.end(DOING).await {

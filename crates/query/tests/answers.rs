@@ -69,8 +69,11 @@ async fn pages_together_are_the_whole_answer_whatever_the_order_its_ties_and_its
         }
     }
     // The query's own ORDER BY counts where the header names none, and each page is narrowed as the whole is.
-    let queries = clinic.queries(&["-- name: n\n-- param: of bigint\n-- page: 4\nselect * from notes where of = $1 order by rank desc, id".into()]);
-    let (answer, plan) = queries.run(&question(&queries, &[("of", "1"), ("limit", "3")]), &claims("service_role", 1)).await.unwrap();
+    let queries = clinic.queries(&[
+        "-- name: n\n-- param: of bigint\n-- page: 4\nselect * from notes where of = $1 order by rank desc, id".into(),
+    ]);
+    let (answer, plan) =
+        queries.run(&question(&queries, &[("of", "1"), ("limit", "3")]), &claims("service_role", 1)).await.unwrap();
     assert_eq!((answer.rows, rows(&answer.body).len(), answer.next.is_some()), (3, 3, true));
     assert_eq!(tags(&answer), ["notes:of=*", "notes:of=1"]);
     assert!(plan.cacheable.is_ok());
@@ -103,7 +106,10 @@ async fn an_order_that_is_not_total_is_refused_and_a_cursor_chooses_only_a_place
         ("-- page: 5 by name, id\nselect p.id, p.name from patients p where p.id > 3", ""),
         ("-- page: 5 by id\nselect a.id, r.name from assignments a join providers r on r.id = a.provider_id", ""),
         ("-- page: 5 by id\nselect a.id from assignments a join providers r on a.id = 1", "whole unique key may repeat"),
-        ("-- page: 5 by id\nselect p.id, a.id as other from patients p join assignments a on a.patient_id = p.id", "may repeat rows"),
+        (
+            "-- page: 5 by id\nselect p.id, a.id as other from patients p join assignments a on a.patient_id = p.id",
+            "may repeat rows",
+        ),
         ("-- page: 5 by rank\nselect rank from notes", "no whole unique key"),
         ("-- page: 5 by k\nselect k from loose", "no whole unique key"),
         ("-- page: 5 by id\nselect n.id + 0 as id from notes n", "no whole unique key"),
@@ -117,7 +123,11 @@ async fn an_order_that_is_not_total_is_refused_and_a_cursor_chooses_only_a_place
         let error = queries.plan("q", "service_role").await.map_or_else(|error| error.to_string(), |_| String::new());
         assert!(error.contains(expected) && error.is_empty() == expected.is_empty(), "{file}: {error:?}");
     }
-    for file in ["-- page: 5\nselect id from notes", "-- page: 5 by id\nselect id from notes limit 3", "-- page: 2000 by id\nselect 1 as id"] {
+    for file in [
+        "-- page: 5\nselect id from notes",
+        "-- page: 5 by id\nselect id from notes limit 3",
+        "-- page: 2000 by id\nselect 1 as id",
+    ] {
         assert!(NamedQuery::parse("q.sql", &format!("-- name: q\n{file}")).is_err(), "{file}");
     }
     // Vouched for, and untrue: said, not skipped.
@@ -148,12 +158,20 @@ async fn many_questions_in_one_statement_have_the_answers_and_the_tags_that_each
     for (header, sql, sets) in [
         ("-- param: of bigint", "select * from notes where of = $1 order by rank desc, id", vec!["0", "1", " 2", "+01"]),
         ("-- param: of bigint\n-- tags: notes_of:{of}", "select count(*) as n from notes where of = $1", vec!["0", "01"]),
-        ("-- param: ids bigint[]", "select id, word from notes where id = any ($1) order by id", vec!["{1,2}", "{}", "{3,null,99}"]),
+        (
+            "-- param: ids bigint[]",
+            "select id, word from notes where id = any ($1) order by id",
+            vec!["{1,2}", "{}", "{3,null,99}"],
+        ),
         ("-- param: w varchar(3)", "select id, '$1' as odd from notes where word = $1 order by id", vec!["w1", "w0", "w1xyz"]),
         ("-- param: c char(4)", "select $1 = 'ab'::bpchar as same, length($1::text)", vec!["ab", "a", "ab  "]),
         ("-- param: m mood", "select $1 as mood, $1 > 'good'::mood as bad", vec!["good", "bad"]),
         ("-- param: n numeric(4,1)", "select $1 as n", vec!["1.25", "2"]),
-        ("-- param: n int", "with recursive r(i) as (select 1 union all select i + 1 from r where i < $1) select i from r", vec!["3", "1"]),
+        (
+            "-- param: n int",
+            "with recursive r(i) as (select 1 union all select i + 1 from r where i < $1) select i from r",
+            vec!["3", "1"],
+        ),
         ("-- param: n bigint", "select id from notes order by id limit $1", vec!["2", "0", "5"]),
         ("-- param: t timestamptz", "select $1 as t", vec!["2026-01-02 03:04:05+02", "2026-01-02"]),
     ] {
@@ -170,7 +188,11 @@ async fn many_questions_in_one_statement_have_the_answers_and_the_tags_that_each
     }
     // As the caller: row security holds for each of them.
     let queries = clinic.queries(&["-- name: q\n-- param: id bigint\nselect id from patients where id = $1".into()]);
-    clinic.postgres.execute(&format!("insert into patients values (1, '{}', 'Me', null), (2, null, 'Other', null)", clinic::user(1))).await.unwrap();
+    clinic
+        .postgres
+        .execute(&format!("insert into patients values (1, '{}', 'Me', null), (2, null, 'Other', null)", clinic::user(1)))
+        .await
+        .unwrap();
     let questions = ["1", "2"].map(|id| question(&queries, &[("id", id)]));
     let (answers, _) = queries.run_many(&questions, &claims("authenticated", 1)).await.unwrap();
     let bodies: Vec<_> = answers.into_iter().map(|answer| rows(&answer.unwrap().body).len()).collect();
@@ -202,7 +224,10 @@ async fn a_stream_has_every_row_as_a_line_and_its_own_error_at_the_place_where_i
     stream.end().await.unwrap();
     let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
     assert_eq!(lines.len(), 40000);
-    assert_eq!(serde_json::from_slice::<serde_json::Value>(lines[9]).unwrap(), serde_json::json!({"i": 10, "t": "a\nb", "x": 10}));
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(lines[9]).unwrap(),
+        serde_json::json!({"i": 10, "t": "a\nb", "x": 10})
+    );
 
     let mut stream = queries.stream(&question(&queries, &[("n", "20000")]), &caller).await.unwrap();
     let mut before = 0;
@@ -225,10 +250,19 @@ async fn a_broken_file_is_told_with_its_line_and_its_mend() {
     let roles = ["authenticated", "service_role", "outsider"].map(String::from);
     for (text, expected) in [
         ("-- name: q\nselect id from patients", ""),
-        ("-- name: q\n-- ttl: 5m\n\nselect id,\n       nam\nfrom patients", "q.sql:5: query `q` was refused by PostgreSQL: column \"nam\" does not exist"),
-        ("-- name: q\nselect 1\nfrom nowhere", "q.sql:3: query `q` was refused by PostgreSQL: relation \"nowhere\" does not exist (SQLSTATE 42P01); create the table first"),
+        (
+            "-- name: q\n-- ttl: 5m\n\nselect id,\n       nam\nfrom patients",
+            "q.sql:5: query `q` was refused by PostgreSQL: column \"nam\" does not exist",
+        ),
+        (
+            "-- name: q\nselect 1\nfrom nowhere",
+            "q.sql:3: query `q` was refused by PostgreSQL: relation \"nowhere\" does not exist (SQLSTATE 42P01); create the table first",
+        ),
         ("-- name: q\n-- param: a nonsense\nselect $1", "type \"nonsense\" does not exist"),
-        ("-- name: q\n-- roles: outsider\nselect id from patients", "q.sql:3: role `outsider`: query `q`: permission denied for table patients; grant the role SELECT"),
+        (
+            "-- name: q\n-- roles: outsider\nselect id from patients",
+            "q.sql:3: role `outsider`: query `q`: permission denied for table patients; grant the role SELECT",
+        ),
         ("-- name: q\n-- roles: nurse\nselect 1", "`nurse` is in its roles; no token may name it"),
         ("-- name: q\n-- page: 3 by name\nselect name from patients", "its order holds no whole unique key"),
         ("-- name: q\n-- page: 3 by name\nselect name\nfrom patients\n", "no whole unique key of its table; end the order"),

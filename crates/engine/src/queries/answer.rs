@@ -49,7 +49,10 @@ pub enum How {
     Hit(&'static str),
     /// Old, as its namespace allows.
     Stale(&'static str),
-    Computed { shared: bool, not_stored: Option<String> },
+    Computed {
+        shared: bool,
+        not_stored: Option<String>,
+    },
 }
 
 /// A question with all that is known of it before it is asked.

@@ -3,11 +3,7 @@
 //! Each answer is kept, tagged and fenced as its own. What cannot be merged (pages, answers that are not kept, a query
 //! asked once) runs by itself, a few at a time, so that a batch leaves room in the pool.
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use futures_util::{StreamExt, stream};
 use walcast_cache::{AtLeast, Computed, Lookup, NewValue, Stored};
@@ -49,7 +45,8 @@ impl Engine {
             .enumerate()
             .map(|(place, asked)| asked.as_ref().ok().map(|asked| *first.entry(&asked.key).or_insert(place)))
             .collect();
-        let mut open: Vec<(usize, &Asked)> = first.values().filter_map(|place| Some((*place, asked[*place].as_ref().ok()?))).collect();
+        let mut open: Vec<(usize, &Asked)> =
+            first.values().filter_map(|place| Some((*place, asked[*place].as_ref().ok()?))).collect();
         open.sort_by_key(|(place, _)| *place);
         let found = core.answers(&open, at_least).await;
         let answer = |(place, asked): (&Option<usize>, &Result<Asked, QueryFailure>)| match (place, asked) {

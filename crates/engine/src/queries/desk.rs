@@ -75,8 +75,7 @@ impl QueryDesk {
             Ok(found) => wrong.extend(found.iter().map(ToString::to_string)),
             Err(error) => return vec![finding(Level::Fail, error.to_string(), Some("run `walcast check` again".into()))],
         }
-        let mut findings: Vec<Finding> =
-            wrong.into_iter().map(|line| finding(Level::Fail, line, Some(FIX.to_owned()))).collect();
+        let mut findings: Vec<Finding> = wrong.into_iter().map(|line| finding(Level::Fail, line, Some(FIX.to_owned()))).collect();
         if findings.is_empty() {
             let count = self.queries.all().count();
             findings.push(finding(Level::Ok, format!("{count} queries are sound for every role that may run them"), None));
@@ -113,12 +112,7 @@ impl QueryDesk {
         Ok(all)
     }
 
-    pub async fn explain(
-        &self,
-        name: &str,
-        claims: &Claims,
-        params: &HashMap<String, String>,
-    ) -> Result<Explanation, DeskError> {
+    pub async fn explain(&self, name: &str, claims: &Claims, params: &HashMap<String, String>) -> Result<Explanation, DeskError> {
         let question = self.queries.ask(name, params)?;
         let plan = self.queries.plan(name, claims.role()).await?;
         let tags = self.queries.tags(&question, claims).await?;

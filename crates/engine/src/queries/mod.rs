@@ -222,7 +222,12 @@ impl Engine {
         let outcome = self.core.queries.reload().await;
         match &outcome {
             Ok(Reloaded { queries, changed, removed }) => {
-                tracing::info!(queries, changed = changed.join(" "), removed = removed.join(" "), "named queries are loaded anew");
+                tracing::info!(
+                    queries,
+                    changed = changed.join(" "),
+                    removed = removed.join(" "),
+                    "named queries are loaded anew"
+                );
             }
             Err(why) => tracing::error!("named queries stay as they were:\n{why}"),
         }
