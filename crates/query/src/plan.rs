@@ -228,8 +228,14 @@ async fn explain(client: &Client, query: &NamedQuery) -> Result<Value, Trouble> 
     // With the order of its pages, so that a column that is not there is refused here.
     let order = query.page.as_ref().map(|page| format!(" order by {}", page.order_sql())).unwrap_or_default();
     let prepare = format!("prepare {name}{types} as select * from (\n{}\n) walcast_q{order}", query.sql);
-    client.batch_execute(&prepare).await.map_err(|error| Trouble { line: line(query, &prepare, &error), error: wrong(error) })?;
-    let messages = client.simple_query(&format!("explain (verbose, format json) execute {name}{nulls}")).await.map_err(&wrong)?;
+    let prepared = client.batch_execute(&format!("{prepare}; savepoint walcast_s")).await;
+    prepared.map_err(|error| Trouble { line: line(query, &prepare, &error), error: wrong(error) })?;
+    let explained = client.simple_query(&format!("explain (verbose, format json) execute {name}{nulls}")).await;
+    if explained.is_err() {
+        // A rollback does not take a prepared statement away, and the connection will serve others.
+        client.batch_execute(&format!("rollback to savepoint walcast_s; deallocate {name}")).await.map_err(&wrong)?;
+    }
+    let messages = explained.map_err(&wrong)?;
     client.batch_execute(&format!("deallocate {name}")).await.map_err(&wrong)?;
     let text: String = messages
         .iter()

@@ -25,6 +25,8 @@ pub struct BatchItem {
 /// Questions in one statement.
 const MERGED: usize = 100;
 
+/// A question by its place in the request.
+type Open = (usize, Arc<Asked>);
 type Outcome = Result<QueryAnswer, QueryFailure>;
 
 impl Engine {
@@ -36,7 +38,7 @@ impl Engine {
         };
         let mut asked = Vec::with_capacity(items.len());
         for item in items {
-            asked.push(core.asked(&item.name, claims, &item.params).await);
+            asked.push(core.asked(&item.name, claims, &item.params).await.map(Arc::new));
         }
         // Equal questions are asked once.
         let mut first: HashMap<&CacheKey, usize> = HashMap::new();
@@ -45,11 +47,11 @@ impl Engine {
             .enumerate()
             .map(|(place, asked)| asked.as_ref().ok().map(|asked| *first.entry(&asked.key).or_insert(place)))
             .collect();
-        let mut open: Vec<(usize, &Asked)> =
-            first.values().filter_map(|place| Some((*place, asked[*place].as_ref().ok()?))).collect();
+        let mut open: Vec<Open> =
+            first.values().filter_map(|place| Some((*place, asked[*place].as_ref().ok()?.clone()))).collect();
         open.sort_by_key(|(place, _)| *place);
-        let found = core.answers(&open, at_least).await;
-        let answer = |(place, asked): (&Option<usize>, &Result<Asked, QueryFailure>)| match (place, asked) {
+        let found = core.answers(open, at_least).await;
+        let answer = |(place, asked): (&Option<usize>, &Result<Arc<Asked>, QueryFailure>)| match (place, asked) {
             (_, Err(failure)) => Err(failure.clone()),
             (Some(place), Ok(_)) => found.get(place).cloned().unwrap_or_else(|| Err(not_that_fresh())),
             (None, Ok(_)) => Err(not_that_fresh()),
@@ -59,27 +61,27 @@ impl Engine {
 }
 
 impl Core {
-    async fn answers(&self, open: &[(usize, &Asked)], at_least: AtLeast) -> HashMap<usize, Outcome> {
+    async fn answers(&self, open: Vec<Open>, at_least: AtLeast) -> HashMap<usize, Outcome> {
         let mut found = HashMap::new();
         // Pages and answers that are not kept go their own way from the start.
         let (merging, mut alone): (Vec<_>, Vec<_>) =
-            open.iter().copied().partition(|(_, asked)| asked.plan.cacheable.is_ok() && !asked.question.is_page());
+            open.into_iter().partition(|(_, asked)| asked.plan.cacheable.is_ok() && !asked.question.is_page());
         let invalidated = self.progress.invalidated();
         let keys: Vec<CacheKey> = merging.iter().map(|(_, asked)| asked.key.clone()).collect();
-        let mut missed: HashMap<&str, Vec<(usize, &Asked)>> = HashMap::new();
+        let mut missed: HashMap<String, Vec<Open>> = HashMap::new();
         for ((place, asked), look) in merging.into_iter().zip(self.cache.get_many(&keys, at_least).await) {
             match look {
                 Lookup::Hit { entry, tier, stale: None } => {
-                    found.insert(place, Ok(self.of_entry(asked, &entry, How::Hit(tier.as_str()), invalidated)));
+                    found.insert(place, Ok(self.of_entry(&asked, &entry, How::Hit(tier.as_str()), invalidated)));
                 }
-                _ => missed.entry(asked.question.query.name.as_str()).or_default().push((place, asked)),
+                _ => missed.entry(asked.question.query.name.clone()).or_default().push((place, asked)),
             }
         }
         let mut merged = Vec::new();
         for of_one_query in missed.into_values() {
             for chunk in of_one_query.chunks(MERGED) {
                 match chunk {
-                    [one] => alone.push(*one),
+                    [one] => alone.push(one.clone()),
                     many => merged.push(many.to_vec()),
                 }
             }
@@ -90,7 +92,7 @@ impl Core {
             alone.extend(left);
         }
         let one_by_one = stream::iter(alone)
-            .map(|(place, asked)| async move { (place, self.answer(asked, at_least).await) })
+            .map(|(place, asked)| async move { (place, self.answer(&asked, at_least).await) })
             .buffer_unordered(self.at_once());
         found.extend(one_by_one.collect::<Vec<_>>().await);
         found
@@ -102,12 +104,8 @@ impl Core {
     }
 
     /// One statement. What it does not answer is handed back: whose fault it was is found out one by one.
-    async fn together<'a>(
-        &self,
-        many: Vec<(usize, &'a Asked)>,
-        at_least: AtLeast,
-    ) -> (Vec<(usize, Outcome)>, Vec<(usize, &'a Asked)>) {
-        let Some((_, first)) = many.first() else { return (Vec::new(), many) };
+    async fn together(&self, many: Vec<Open>, at_least: AtLeast) -> (Vec<(usize, Outcome)>, Vec<Open>) {
+        let Some((_, first)) = many.first().cloned() else { return (Vec::new(), many) };
         let questions: Vec<Question> = many.iter().map(|(_, asked)| asked.question.clone()).collect();
         // The fence's place in the stream is read before the snapshot is taken.
         let (floor, settled) = (self.clock.floor(), self.progress.settled());
@@ -131,8 +129,8 @@ impl Core {
                         left.push((place, asked));
                         continue;
                     }
-                    let computed = self.computed(asked, answer, &plan, fence);
-                    answered.push((place, Ok(self.keep(asked, computed))));
+                    let computed = self.computed(&asked, answer, &plan, fence);
+                    answered.push((place, Ok(self.keep(&asked, computed))));
                 }
             }
         }
