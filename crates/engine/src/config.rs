@@ -23,6 +23,10 @@ pub struct EngineConfig {
     pub cache: CacheSettings,
     pub queries_dir: Option<PathBuf>,
     pub tags: Vec<TagRuleConfig>,
+    /// A query that takes longer is logged and kept for the operator.
+    pub slow_query: Duration,
+    /// Longest life of a stream of rows, which holds a connection and a snapshot.
+    pub stream_timeout: Duration,
 }
 
 #[derive(Debug, Clone)]

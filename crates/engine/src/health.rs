@@ -66,6 +66,7 @@ impl Engine {
                 "l1_bytes": core.cache.l1_bytes(),
                 "l2": l2_state(core.cache.l2()),
             },
+            "queries": core.queries.report(),
             "uptime_s": core.started.elapsed().as_secs(),
         });
         Health { readiness, report }

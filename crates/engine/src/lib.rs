@@ -25,6 +25,7 @@ mod upkeep;
 mod visibility;
 
 use std::{
+    collections::HashMap,
     panic::AssertUnwindSafe,
     sync::{
         Arc,
@@ -52,7 +53,9 @@ pub use health::{Health, Readiness};
 pub use invalidation::{InvalidateError, Invalidated, Invalidation, What};
 pub use namespaces::{NamespaceError, Right};
 pub use progress::StreamState;
-pub use queries::{How, QueryAnswer, QueryFailure};
+pub use queries::{
+    BatchItem, DeskError, Expiry, Explanation, How, QueryAnswer, QueryDesk, QueryFailure, QueryLines, Reloaded, Segment,
+};
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
 pub use walcast_auth::{TokenError, install_crypto};
@@ -166,8 +169,8 @@ impl Engine {
 
         let clock = Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(0)));
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
-        let queries = CachedQueries::load(&config, &pool).map_err(EngineError::Queries)?;
-        let cache = Cache::new(cache_config(&config, &queries), clock.clone(), l2);
+        let queries = CachedQueries::load(&config, &pool).await.map_err(EngineError::Queries)?;
+        let cache = Cache::new(cache_config(&config), clock.clone(), l2);
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -349,10 +352,11 @@ fn l2_config(config: &EngineConfig) -> L2Config {
     L2Config { max_bytes: config.cache.l2_max_bytes, read_timeout: config.cache.l2_read_timeout, ..L2Config::default() }
 }
 
-fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {
-    // Named by files, not by the config: known also where the config is strict.
-    let of_queries = queries.namespaces().map(|name| (name, NamespaceConfig::default()));
+fn cache_config(config: &EngineConfig) -> CacheConfig {
     let namespaces = config.cache.namespaces.iter().map(|(name, settings)| (name.clone(), settings.entries.clone()));
+    let mut namespaces: HashMap<String, NamespaceConfig> = namespaces.collect();
+    // Not the config's own: known also where it is strict.
+    namespaces.extend(queries::namespaces(&namespaces));
     CacheConfig {
         l1_bytes: config.cache.l1_bytes as u64,
         max_value_bytes: config.cache.max_value_bytes,
@@ -360,7 +364,7 @@ fn cache_config(config: &EngineConfig, queries: &CachedQueries) -> CacheConfig {
         // Of this process: a ticket of the one before is refused, as its snapshot may be from before a crash.
         ticket_secret: rand::rng().random(),
         strict: config.cache.strict,
-        namespaces: namespaces.chain(of_queries).collect(),
+        namespaces,
         ..CacheConfig::default()
     }
 }

@@ -126,6 +126,13 @@ impl Tag {
         }
     }
 
+    /// A value as it stands within a tag: nothing in it reads as syntax.
+    pub fn escape(value: &str) -> String {
+        let mut text = String::with_capacity(value.len());
+        push_escaped(&mut text, value);
+        text
+    }
+
     /// A tag as Walcast itself stored it, from the L2 table or a checkpoint.
     pub fn stored(text: &str) -> Tag {
         Tag(text.into())

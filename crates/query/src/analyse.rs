@@ -11,6 +11,7 @@
 use std::{rc::Rc, sync::Arc};
 
 use sqlparser::ast::Query;
+use walcast_model::TableName;
 
 use crate::{
     constant::Constant,
@@ -28,13 +29,25 @@ pub struct GivenUp(pub String);
 const MAX_OCCURRENCES: usize = 2_000;
 const MAX_DEPTH: usize = 48;
 /// More values than this are not worth a tag each.
-pub(crate) const MAX_VALUES: usize = 64;
+const MAX_VALUES: usize = 64;
+
+#[derive(Debug, Default)]
+pub struct Analysis {
+    pub dependencies: Vec<Dependency>,
+    /// Columns of tables that count whole, whose value is known: each would narrow its table if its values were tags.
+    pub untagged: Vec<(TableName, String)>,
+}
 
 /// `param_types` are those of $1, $2, … as the header declares them.
-pub fn analyse(query: &Query, param_types: &[String], known: &Known) -> Result<Vec<Dependency>, GivenUp> {
+pub fn analyse(query: &Query, param_types: &[String], known: &Known) -> Result<Analysis, GivenUp> {
     let mut analyser = Analyser::new(param_types, known);
     analyser.query(query, None, None, Rc::new(Vec::new()), Reader::Caller)?;
-    Ok(condense(analyser.found))
+    let dependencies = condense(analyser.found);
+    let mut untagged = analyser.untagged;
+    untagged.retain(|(table, _)| dependencies.iter().any(|found| found.table == *table && found.narrow.is_none()));
+    untagged.sort();
+    untagged.dedup();
+    Ok(Analysis { dependencies, untagged })
 }
 
 /// Whose rights decide which policies apply.
@@ -80,6 +93,7 @@ pub(crate) struct Analyser<'k> {
     pub occurrences: usize,
     pub depth: usize,
     pub found: Vec<Dependency>,
+    pub untagged: Vec<(TableName, String)>,
 }
 
 impl<'k> Analyser<'k> {
@@ -93,6 +107,7 @@ impl<'k> Analyser<'k> {
             occurrences: 0,
             depth: 0,
             found: Vec::new(),
+            untagged: Vec::new(),
         }
     }
 
@@ -133,6 +148,9 @@ impl<'k> Analyser<'k> {
     pub fn settle(&mut self, occurrence: &Occurrence, context: &Context) -> Result<(), GivenUp> {
         let context = &widen(context, occurrence.left.iter().cloned());
         let narrow = self.narrow(occurrence, context);
+        if narrow.is_none() {
+            self.note_untagged(occurrence, context);
+        }
         self.found.push(Dependency { table: occurrence.relation.streamed.clone(), narrow });
         self.policies(occurrence, context)
     }
@@ -155,6 +173,16 @@ impl<'k> Analyser<'k> {
             }
         }
         best.map(|(_, column, operands)| (column, operands))
+    }
+
+    fn note_untagged(&mut self, occurrence: &Occurrence, context: &Context) {
+        for (index, column) in occurrence.relation.columns.iter().enumerate() {
+            let Some(family) = column.family.filter(|_| !column.tagged) else { continue };
+            let sets = values_of(occurrence.first + index, context, &self.families);
+            if sets.iter().any(|set| operands(set, family).is_some()) {
+                self.untagged.push((occurrence.relation.streamed.clone(), column.name.clone()));
+            }
+        }
     }
 
     pub fn item(&self, occurrence: &Occurrence, alias: &str, schema: Option<&str>) -> Item {

@@ -1,7 +1,6 @@
 //! What each construct narrows, and the traps where narrowing would hide a change.
 
 use sqlparser::{ast::Statement, dialect::PostgreSqlDialect, parser::Parser};
-use walcast_model::TableName;
 
 use super::*;
 use crate::known::{KnownColumn, KnownPolicy, Nature};
@@ -82,7 +81,7 @@ fn show(dependencies: &[Dependency]) -> String {
 /// $1 bigint, $2 uuid, $3 bigint[], $4 float8, $5 text.
 fn found(known: &Known, sql: &str) -> String {
     let params: Vec<String> = ["bigint", "uuid", "bigint[]", "float8", "text"].map(String::from).into();
-    match analyse(&parse(sql), &params, known) {
+    match analyse(&parse(sql), &params, known).map(|analysis| analysis.dependencies) {
         Ok(dependencies) => show(&dependencies),
         Err(GivenUp(why)) => format!("given up: {why}"),
     }

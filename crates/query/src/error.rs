@@ -26,7 +26,18 @@ pub enum QueryError {
     #[error("query `{name}` was stopped after {after_ms} ms")]
     Timeout { name: String, after_ms: u128 },
     #[error("query `{name}` was refused by PostgreSQL: {message} (SQLSTATE {sqlstate})")]
-    Refused { name: String, sqlstate: String, message: String, hint: Option<String> },
+    Refused {
+        name: String,
+        sqlstate: String,
+        message: String,
+        hint: Option<String>,
+        /// Of its file, where PostgreSQL says at which place.
+        line: Option<usize>,
+    },
+    #[error("the cursor is not one of query `{name}`, or its file has changed since")]
+    BadCursor { name: String },
+    #[error("query `{name}` cannot be answered by pages: their order is not total: {why}")]
+    NoTotalOrder { name: String, why: String },
     #[error("query `{name}` has no cache key: {why}")]
     Key { name: String, why: String },
     /// Away, busy or confused: the connection's own story.
@@ -45,9 +56,18 @@ impl QueryError {
             PgError::Refused { code, message, hint, .. } => match code.as_str() {
                 "42501" => QueryError::Denied { name, message },
                 "57014" => QueryError::Timeout { name, after_ms: timeout.as_millis() },
-                _ => QueryError::Refused { name, sqlstate: code, message, hint },
+                _ => QueryError::Refused { name, sqlstate: code, message, hint, line: None },
             },
             other => QueryError::Database(other),
+        }
+    }
+
+    pub(crate) fn at_line(self, at: Option<usize>) -> QueryError {
+        match self {
+            QueryError::Refused { name, sqlstate, message, hint, .. } => {
+                QueryError::Refused { name, sqlstate, message, hint, line: at }
+            }
+            other => other,
         }
     }
 
@@ -62,6 +82,8 @@ impl QueryError {
             QueryError::Denied { .. } => "permission_denied",
             QueryError::Timeout { .. } => "query_timeout",
             QueryError::Refused { .. } => "query_refused",
+            QueryError::BadCursor { .. } => "bad_cursor",
+            QueryError::NoTotalOrder { .. } => "no_total_order",
             QueryError::Key { .. } => "no_cache_key",
             QueryError::Database(PgError::Busy { .. }) => "database_busy",
             QueryError::Database(_) => "database_away",
@@ -83,6 +105,15 @@ impl QueryError {
             QueryError::TooManyRows { .. } => "ask for less, add a LIMIT, or raise `-- max_rows:` in its file".into(),
             QueryError::Denied { .. } => "grant the role SELECT on the tables and USAGE on their schemas".into(),
             QueryError::Timeout { .. } => "add an index, ask for less, or raise the timeout".into(),
+            QueryError::Refused { sqlstate, .. } if sqlstate == "42P01" => {
+                "create the table first, or take the file away until it exists".into()
+            }
+            QueryError::BadCursor { .. } => "take `after` from the answer's Walcast-Next, or leave it out to begin anew".into(),
+            QueryError::NoTotalOrder { .. } => {
+                "end the order with a unique column of the table, as in `-- page: 50 by created_at desc, id desc`; \
+                 where only you know that no two rows are equal, add `unique`"
+                    .into()
+            }
             QueryError::Refused { hint, .. } => hint.clone().unwrap_or_else(|| "try the query in psql as the same role".into()),
             QueryError::Key { .. } => "shorten the role's name".into(),
             QueryError::Database(_) => "try again in a moment".into(),
@@ -106,12 +137,23 @@ pub enum Uncacheable {
 }
 
 impl Uncacheable {
-    pub(crate) fn unpublished(table: &TableName) -> Uncacheable {
+    /// What makes answers kept.
+    pub fn mend(&self) -> String {
+        match self {
+            Uncacheable::Opaque(_) => "add `-- depends: table, schema.table` to its file".into(),
+            Uncacheable::Volatile(name) => format!("take `{name}` out of the query, its views and its policies"),
+            Uncacheable::Clock(_) => "add `-- max_age: 10s` to its file, if answers of that age will do".into(),
+            Uncacheable::Unpublished { mend, .. } => mend.clone(),
+            Uncacheable::Untracked { .. } => "query the tables behind it".into(),
+        }
+    }
+
+    pub(crate) fn unpublished(table: &TableName, publication: &str) -> Uncacheable {
         let mend = if matches!(table.schema(), "pg_catalog" | "information_schema") {
             "the system catalogs cannot be followed".to_owned()
         } else {
             let (schema, name) = (quote_ident(table.schema()), quote_ident(table.table()));
-            format!("alter publication walcast add table {schema}.{name}")
+            format!("alter publication {} add table {schema}.{name}", quote_ident(publication))
         };
         Uncacheable::Unpublished { table: table.clone(), mend }
     }

@@ -4,19 +4,23 @@
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use sqlparser::{
     ast::{Query, SetExpr, Statement},
     dialect::PostgreSqlDialect,
     parser::Parser,
 };
-use walcast_model::{TableName, named_ttl};
+use walcast_model::TableName;
 
-use crate::lex::{Token, lex};
+use crate::{
+    header::Header,
+    lex::{Token, lex},
+    page::PageBy,
+    template::TagTemplate,
+};
 
 /// Larger files are refused: a query is written by hand.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
-const KEYS: [&str; 8] = ["name", "param", "ttl", "max_rows", "roles", "describe", "max_age", "depends"];
-const DEFAULT_TTL: Duration = Duration::from_secs(5 * 60);
 const DEFAULT_MAX_ROWS: usize = 1000;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +36,12 @@ pub struct NamedQuery {
     pub name: String,
     pub describe: Option<String>,
     pub params: Vec<Param>,
-    pub ttl: Duration,
+    /// None: what its namespace or the cache says.
+    pub ttl: Option<Duration>,
+    /// The configured namespace whose policy the answers follow.
+    pub namespace: Option<String>,
+    /// Beside what the rows raise.
+    pub tags: Vec<TagTemplate>,
     pub max_rows: usize,
     /// None: whoever may read the tables.
     pub roles: Option<Vec<String>>,
@@ -40,8 +49,19 @@ pub struct NamedQuery {
     pub max_age: Option<Duration>,
     /// Tables that the query reads where nobody can see it: behind functions.
     pub depends: Vec<TableName>,
+    /// Answered page by page.
+    pub page: Option<PageBy>,
+    /// How long a client may reuse an answer without asking.
+    pub client_max_age: Option<Duration>,
+    /// How long a shared cache may, where the answer is the same for everybody.
+    pub s_maxage: Option<Duration>,
     /// Without the closing semicolon.
     pub sql: String,
+    /// Hash of everything that an answer and its keeping hang on: another file has other keys.
+    pub meaning: String,
+    pub file: String,
+    /// Where `sql` begins in the file.
+    pub(crate) first_line: usize,
     /// None where our parser does not understand what PostgreSQL may well do.
     pub(crate) parsed: Option<Arc<Query>>,
 }
@@ -56,7 +76,7 @@ pub struct QueryFileError {
 }
 
 /// What went wrong inside a file: line, sentence, mend.
-type Wrong = (usize, String, String);
+pub(crate) type Wrong = (usize, String, String);
 
 /// Every `*.sql` file of a folder, in the order of their names, or everything that is wrong with them.
 pub fn load_dir(dir: &Path) -> Result<Vec<NamedQuery>, Vec<QueryFileError>> {
@@ -108,7 +128,7 @@ fn load_file(path: &Path) -> Result<NamedQuery, QueryFileError> {
 impl NamedQuery {
     /// `file` is only named in errors.
     pub fn parse(file: &str, text: &str) -> Result<NamedQuery, QueryFileError> {
-        parse(text).map_err(|(line, what, hint)| QueryFileError { file: file.to_owned(), line, what, hint })
+        parse(file, text).map_err(|(line, what, hint)| QueryFileError { file: file.to_owned(), line, what, hint })
     }
 
     pub fn allows(&self, role: &str) -> bool {
@@ -116,7 +136,7 @@ impl NamedQuery {
     }
 }
 
-fn parse(text: &str) -> Result<NamedQuery, Wrong> {
+fn parse(file: &str, text: &str) -> Result<NamedQuery, Wrong> {
     let mut header = Header::default();
     let mut lines = 0;
     for (index, line) in text.lines().enumerate() {
@@ -129,159 +149,53 @@ fn parse(text: &str) -> Result<NamedQuery, Wrong> {
         lines = index + 1;
         header.line(index + 1, comment.trim())?;
     }
-    let body_line = lines + 1;
+    let first_line = lines + 1;
     let body = text.lines().skip(lines).collect::<Vec<_>>().join("\n");
     let name = header
         .name
+        .clone()
         .ok_or_else(|| (1, "the query has no name".to_owned(), "begin the file with `-- name: my_query`".to_owned()))?;
     let sql = body.trim_end().trim_end_matches(';').trim_end().to_owned();
-    check_params(body_line, &sql, &header.params)?;
-    let parsed = check_statement(body_line, &sql)?;
-    Ok(NamedQuery {
+    check_params(first_line, &sql, &header.params)?;
+    let parsed = check_statement(first_line, &sql)?;
+    let tags = header.templates()?;
+    let page = match &header.page {
+        None => None,
+        Some((line, page)) => {
+            let names = header.params.iter().map(|param| param.name.as_str());
+            let (name, size) = (page.clone(), header.max_rows.unwrap_or(DEFAULT_MAX_ROWS));
+            Some(name.of(parsed.as_deref(), names, size).map_err(|(what, hint)| (*line, what, hint))?)
+        }
+    };
+    let mut query = NamedQuery {
         name,
         describe: header.describe,
         params: header.params,
-        ttl: header.ttl.unwrap_or(DEFAULT_TTL),
+        ttl: header.ttl,
+        namespace: header.namespace,
+        tags,
         max_rows: header.max_rows.unwrap_or(DEFAULT_MAX_ROWS),
         roles: header.roles,
         max_age: header.max_age,
         depends: header.depends,
+        page,
+        client_max_age: header.client_max_age,
+        s_maxage: header.s_maxage,
         sql,
+        meaning: String::new(),
+        file: file.to_owned(),
+        first_line,
         parsed,
-    })
-}
-
-#[derive(Default)]
-struct Header {
-    name: Option<String>,
-    describe: Option<String>,
-    params: Vec<Param>,
-    ttl: Option<Duration>,
-    max_rows: Option<usize>,
-    roles: Option<Vec<String>>,
-    max_age: Option<Duration>,
-    depends: Vec<TableName>,
-}
-
-impl Header {
-    fn line(&mut self, line: usize, comment: &str) -> Result<(), Wrong> {
-        // A comment without `key:` is only a comment.
-        let Some((key, value)) = comment.split_once(':') else { return Ok(()) };
-        let (key, value) = (key.trim(), value.trim());
-        if key.is_empty() || !key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') {
-            return Ok(());
-        }
-        if !KEYS.contains(&key) {
-            let hint = match nearest(key, KEYS) {
-                Some(near) => format!("did you mean `{near}`?"),
-                None => format!("known are {}; an ordinary comment goes below the header", KEYS.join(", ")),
-            };
-            return Err((line, format!("`{key}` is not a header of a query"), hint));
-        }
-        if value.is_empty() {
-            return Err((line, format!("`{key}` has no value"), format!("write `-- {key}: …` or delete the line")));
-        }
-        let twice = match key {
-            "name" => self.name.is_some(),
-            "ttl" => self.ttl.is_some(),
-            "max_rows" => self.max_rows.is_some(),
-            "roles" => self.roles.is_some(),
-            "max_age" => self.max_age.is_some(),
-            "describe" => self.describe.is_some(),
-            _ => false,
-        };
-        if twice {
-            return Err((line, format!("`{key}` is given twice"), "delete one of the lines".into()));
-        }
-        match key {
-            "name" => self.name = Some(plain_name(line, value)?),
-            "describe" => self.describe = Some(value.to_owned()),
-            "ttl" => self.ttl = Some(duration(line, value)?),
-            "max_age" => self.max_age = Some(duration(line, value)?),
-            "max_rows" => {
-                let rows = value.replace('_', "").parse().ok().filter(|rows| (1..=1_000_000).contains(rows));
-                let wrong = || (line, format!("`{value}` is not a number of rows"), "write a number from 1 to 1000000".into());
-                self.max_rows = Some(rows.ok_or_else(wrong)?);
-            }
-            "roles" => self.roles = Some(list(value).map(str::to_owned).collect()),
-            "depends" => self.depends.extend(list(value).map(TableName::parse)),
-            _ => self.param(line, value)?,
-        }
-        Ok(())
-    }
-
-    fn param(&mut self, line: usize, value: &str) -> Result<(), Wrong> {
-        let (declared, default) = match value.split_once('=') {
-            Some((declared, default)) => (declared.trim(), Some(default.trim())),
-            None => (value, None),
-        };
-        let form = || "write `-- param: name type` or `-- param: name type = default`".to_owned();
-        let Some((name, type_name)) = declared.split_once(char::is_whitespace) else {
-            return Err((line, format!("parameter `{declared}` has no type"), form()));
-        };
-        let name = plain_name(line, name)?;
-        let type_name = type_name.trim();
-        if !is_type(type_name) {
-            return Err((line, format!("`{type_name}` does not look like a type"), form()));
-        }
-        if self.params.iter().any(|param| param.name == name) {
-            return Err((line, format!("parameter `{name}` is declared twice"), "delete one of the lines".into()));
-        }
-        let unquoted = |text: &str| match text.strip_prefix('\'').and_then(|text| text.strip_suffix('\'')) {
-            Some(inner) => inner.replace("''", "'"),
-            None => text.to_owned(),
-        };
-        self.params.push(Param { name, type_name: type_name.to_owned(), default: default.map(unquoted) });
-        Ok(())
-    }
-}
-
-fn list(value: &str) -> impl Iterator<Item = &str> {
-    value.split(',').map(str::trim).filter(|part| !part.is_empty())
-}
-
-fn plain_name(line: usize, name: &str) -> Result<String, Wrong> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if name.is_empty() || name.len() > 58 || !name.chars().all(plain) {
-        let hint = "use at most 58 of the characters a-z, A-Z, 0-9, `_`, `-`, `.`".to_owned();
-        return Err((line, format!("`{name}` cannot be a name"), hint));
-    }
-    Ok(name.to_owned())
-}
-
-/// Letters, digits, one length, brackets: nothing that could leave the place of a type in SQL.
-fn is_type(text: &str) -> bool {
-    let base = text.trim_end_matches("[]");
-    let (name, rest) = base.split_once('(').map_or((base, None), |(name, rest)| (name, Some(rest)));
-    let length = |rest: &str| {
-        rest.strip_suffix(')').is_some_and(|n| !n.is_empty() && n.chars().all(|c| c.is_ascii_digit() || c == ',' || c == ' '))
     };
-    name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | ' '))
-        && rest.is_none_or(length)
+    query.meaning = meaning(&query);
+    Ok(query)
 }
 
-fn duration(line: usize, text: &str) -> Result<Duration, Wrong> {
-    let written = || {
-        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let unit: u64 = match &text[digits.len()..] {
-            "s" => 1,
-            "m" => 60,
-            "h" => 3600,
-            "d" => 86400,
-            _ => return None,
-        };
-        digits.parse::<u64>().ok()?.checked_mul(unit)
-    };
-    let seconds = named_ttl(text).map(|ttl| ttl.as_secs()).or_else(written);
-    match seconds {
-        Some(seconds) if (1..=30 * 86400).contains(&seconds) => Ok(Duration::from_secs(seconds)),
-        _ => Err((
-            line,
-            format!("`{text}` is not a duration from 1s to 30d"),
-            "write 30s, 5m, 1h, 1d, or short, medium, long, very_long (30 s, 5 min, 1 h, 24 h)".into(),
-        )),
-    }
+/// Of all but what only people and HTTP caches read.
+fn meaning(query: &NamedQuery) -> String {
+    let NamedQuery { params, ttl, namespace, tags, max_rows, roles, max_age, depends, page, sql, .. } = query;
+    let text = format!("{:?}", (params, ttl, namespace, tags, max_rows, roles, max_age, depends, page, sql));
+    digest(&SHA256, text.as_bytes()).as_ref()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn check_params(line: usize, sql: &str, params: &[Param]) -> Result<(), Wrong> {

@@ -15,7 +15,7 @@ fn a_whole_header_is_read() {
     assert_eq!((q.name.as_str(), q.describe.as_deref()), ("dashboard", Some("what: the nurse sees")));
     assert_eq!(q.params[1], Param { name: "days".into(), type_name: "int".into(), default: Some("7".into()) });
     assert_eq!(q.params[2].default.as_deref(), Some("it's"));
-    assert_eq!((q.ttl.as_secs(), q.max_rows, q.max_age), (300, 1000, Some(Duration::from_secs(10))));
+    assert_eq!((q.ttl, q.max_rows, q.max_age), (Some(Duration::from_secs(300)), 1000, Some(Duration::from_secs(10))));
     assert!(q.allows("a") && !q.allows("c"));
     assert_eq!(q.depends, [TableName::new("public", "patients"), TableName::new("audit", "log")]);
     assert_eq!(q.sql, "select $1, $2, $3");
@@ -28,7 +28,7 @@ fn durations() {
         [("30s", 30), ("2h", 7200), ("1d", 86400), ("short", 30), ("medium", 300), ("long", 3600), ("very_long", 86400)]
     {
         let q = NamedQuery::parse("q.sql", &format!("-- name: q\n-- ttl: {text}\nselect 1")).unwrap();
-        assert_eq!(q.ttl.as_secs(), seconds, "{text}");
+        assert_eq!(q.ttl, Some(Duration::from_secs(seconds)), "{text}");
     }
     for text in ["5", "5 m", "m", "-1s", "0s", "5mm", "99999999999999999999d"] {
         assert!(wrong(&format!("-- name: q\n-- ttl: {text}\nselect 1")).contains("is not a duration"), "{text}");
@@ -42,7 +42,7 @@ fn every_mistake_names_its_line_and_its_mend() {
         parts.iter().for_each(|part| assert!(error.contains(part), "{error:?} lacks {part:?}"));
     };
     check("-- name: q\n-- tll: 5m\nselect 1", &["queries/q.sql:2:", "`tll`", "did you mean `ttl`?"]);
-    check("-- name: q\n-- flavour: x\nselect 1", &["known are name, param"]);
+    check("-- name: q\n-- flavour: x\nselect 1", &["known are name, describe"]);
     check("select 1", &["no name"]);
     check("-- name: q\n-- name: r\nselect 1", &[":2:", "given twice"]);
     check("-- name: q\n-- param: a int\n-- param: a int\nselect $1, $2", &[":3:", "declared twice"]);

@@ -17,11 +17,16 @@ pub(crate) struct Reached {
     pub clock: Option<String>,
     /// A function that reads tables was unfolded into the plan: only the plan knows them.
     pub unfolded: bool,
+    /// It may read who asks: claims, role, privileges, or something that cannot be looked into.
+    pub asker: bool,
 }
 
 /// Ours: they read the claims, which are part of every key.
 const CLAIMS: [(&str, &str); 5] = [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email"), ("realtime", "topic")];
 const CLOCK_WORDS: [&str; 5] = ["current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"];
+const ASKER_WORDS: [&str; 6] = ["current_user", "current_role", "session_user", "system_user", "user", "current_setting"];
+/// Stable, and the same for whoever asks.
+const SAME_FOR_ALL: [&str; 5] = ["now", "transaction_timestamp", "statement_timestamp", "age", "clock_timestamp"];
 const CLOCK_LITERALS: [&str; 4] = ["now", "today", "tomorrow", "yesterday"];
 /// Stable, but only because of settings that are the same for all our queries, or of the role, which is in the key.
 const SETTLED: [&str; 66] = [
@@ -166,6 +171,7 @@ pub(crate) async fn reached(client: &Client, texts: &[String], plan: &[String]) 
         let name: String = row.get(0);
         if name.starts_with("::") || texts.iter().chain(plan).any(|text| text.contains(&name)) {
             reached.opaque.get_or_insert(name);
+            reached.asker = true;
         }
     }
     Ok(reached)
@@ -181,6 +187,7 @@ fn clock(tokens: &[Token], reached: &mut Reached) {
         if let Some(name) = found {
             reached.clock.get_or_insert_with(|| name.clone());
         }
+        reached.asker |= ASKER_WORDS.iter().any(|word| token.is_word(word));
     }
 }
 
@@ -213,6 +220,7 @@ impl Function {
     ) -> Vec<(Option<String>, String)> {
         let (schema, name) = (self.schema.as_str(), self.name.as_str());
         if CLAIMS.contains(&(schema, name)) {
+            reached.asker = true;
             return Vec::new();
         }
         if schema == "pg_catalog" && !self.foreign {
@@ -227,6 +235,7 @@ impl Function {
         let unfolded = self.language == "sql" && !self.closed && self.volatility != "v" && !planned.contains(name);
         if !unfolded || !(self.returns_set || expression) {
             reached.opaque.get_or_insert(full);
+            reached.asker = true;
             return Vec::new();
         }
         clock(&body, reached);
@@ -236,6 +245,9 @@ impl Function {
 
     fn judge_builtin(&self, texts: &[String], plan: &[String], reached: &mut Reached) {
         let name = self.name.as_str();
+        let settled = SETTLED.contains(&name) || SETTLED_PREFIXES.iter().any(|p| name.starts_with(p));
+        reached.asker |= matches!(name, "current_user" | "session_user" | "current_setting")
+            || (self.volatility != "i" && !settled && !SAME_FOR_ALL.contains(&name));
         if READS_TABLES.contains(&name) {
             reached.opaque.get_or_insert_with(|| format!("{name}()"));
         } else if self.volatility == "v" {
@@ -245,7 +257,7 @@ impl Function {
             if !texts.iter().chain(plan).all(|text| reads_only_requests(text)) {
                 reached.clock.get_or_insert_with(|| "current_setting()".into());
             }
-        } else if self.volatility == "s" && !SETTLED.contains(&name) && !SETTLED_PREFIXES.iter().any(|p| name.starts_with(p)) {
+        } else if self.volatility == "s" && !settled {
             reached.clock.get_or_insert_with(|| format!("{name}()"));
         }
     }

@@ -23,15 +23,15 @@ use crate::{
 
 /// A relation before its columns are known.
 pub(crate) struct Found {
-    oid: u32,
+    pub oid: u32,
     pub name: TableName,
     pub kind: char,
     root: u32,
     pub streamed: TableName,
     /// Other tables inherit from it: reading it reads them.
-    has_children: bool,
+    pub has_children: bool,
     invoker: bool,
-    secured: bool,
+    pub secured: bool,
     view: Option<Arc<Query>>,
     policies: Vec<KnownPolicy>,
 }

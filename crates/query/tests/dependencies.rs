@@ -82,7 +82,7 @@ async fn an_answer_that_may_change_unheard_is_never_kept() {
         (
             "",
             "select * from hidden",
-            "unpublished: unpublished: public.hidden; alter publication walcast add table \"public\".\"hidden\"",
+            "unpublished: unpublished: public.hidden; alter publication \"walcast\" add table \"public\".\"hidden\"",
         ),
         ("", "select * from half", "unpublished"),
         ("", "select relname from pg_class", "unpublished: unpublished: pg_catalog.pg_class; the system catalogs"),
@@ -249,9 +249,13 @@ async fn who_asks_wrongly_hears_what_to_mend() {
     ]
     .map(String::from);
     let parsed = files.iter().map(|text| walcast_query::NamedQuery::parse("q.sql", text).unwrap()).collect();
-    let queries = walcast_query::Queries::new(parsed, clinic.pool.clone(), std::time::Duration::from_millis(700));
+    let queries = walcast_query::Queries::new(parsed, clinic.pool.clone(), std::time::Duration::from_millis(700), "walcast");
     let ask = async |name: &str, role: &str, list: &[(&str, &str)]| {
-        let error: QueryError = queries.run(name, &claims(role, 1), &params(list)).await.unwrap_err();
+        let question = queries.ask(name, &params(list));
+        let error: QueryError = match question {
+            Ok(question) => queries.run(&question, &claims(role, 1)).await.unwrap_err(),
+            Err(error) => error,
+        };
         (error.code(), format!("{error}; {}", error.hint()))
     };
     let check = |(code, text): (&str, String), expected: &str, part: &str| {
@@ -269,7 +273,8 @@ async fn who_asks_wrongly_hears_what_to_mend() {
     check(ask("many", "authenticated", &[]).await, "too_many_rows", "max_rows");
     check(ask("slow", "authenticated", &[]).await, "query_timeout", "700 ms");
     check(ask("divide", "authenticated", &[("n", "0")]).await, "query_refused", "division by zero (SQLSTATE 22012)");
-    assert_eq!(queries.run("divide", &claims("authenticated", 1), &params(&[("n", "1")])).await.unwrap().0.rows, 1);
+    let question = queries.ask("divide", &params(&[("n", "1")])).unwrap();
+    assert_eq!(queries.run(&question, &claims("authenticated", 1)).await.unwrap().0.rows, 1);
 
     let holder = (clinic.pool.lease("t").await.unwrap(), clinic.pool.lease("t").await.unwrap());
     drop(holder);

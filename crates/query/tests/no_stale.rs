@@ -178,7 +178,7 @@ async fn whenever_an_answer_changes_one_of_its_tags_is_raised() {
         });
         for _ in 0..LOOKS {
             let (n, c) = (dice.roll(QUERIES.len() as u64) as usize, dice.roll(callers.len() as u64) as usize);
-            let fresh = queries.run(&format!("q{n}"), &callers[c], &asked).await.unwrap().0;
+            let fresh = queries.run(&queries.ask(&format!("q{n}"), &asked).unwrap(), &callers[c]).await.unwrap().0;
             if let Some((before, outlived)) = kept.get(&(n, c)) {
                 held += 1;
                 let about = (QUERIES[n], callers[c].json(), &before.tags);

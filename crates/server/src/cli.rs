@@ -55,7 +55,7 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Look at database and settings, and say what mends what is wrong
     #[command(
-        after_help = "Needs: the same settings as serve. Exit code 1 if anything fails.\nExamples:\n  walcast check\n  walcast check --json"
+        after_help = "Needs: the same settings as serve. Exit code 1 if anything fails.\nExamples:\n  walcast check\n  walcast check --queries\n  walcast check --json"
     )]
     Check(CheckArgs),
     /// Make a token for development
@@ -68,6 +68,13 @@ pub enum Command {
     #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\nExamples:\n  \
                             walcast tail --table patients\n  walcast tail --table public.orders --event UPDATE --json | jq .record")]
     Tail(TailArgs),
+    /// Show what a named query's answer depends on, and what would make it better
+    #[command(
+        after_help = "Needs: WALCAST_DATABASE_URL and queries.dir, as for serve. Runs nothing but the plan.\nExamples:\n  \
+                            walcast explain patient_dashboard --param patient_id=7 --claim sub=6f1c2a34-0000-4000-8000-000000000001\n  \
+                            walcast explain ward --role service_role --json | jq .tags"
+    )]
+    Explain(ExplainArgs),
     /// The keeper of dev's private PostgreSQL; `dev` starts it by itself
     #[command(hide = true)]
     Supervise,
@@ -108,7 +115,28 @@ pub struct MigrateArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+pub struct ExplainArgs {
+    /// Name of the query, as in its file
+    pub query: String,
+    /// A parameter. May be repeated
+    #[arg(long = "param", value_name = "K=V")]
+    pub params: Vec<String>,
+    /// Ask as this database role
+    #[arg(long, default_value = "authenticated")]
+    pub role: String,
+    /// A claim of the caller; JSON if it reads as JSON, else text. May be repeated
+    #[arg(long = "claim", value_name = "K=V")]
+    pub claims: Vec<String>,
+    /// One JSON document instead of text, with the plan
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
 pub struct CheckArgs {
+    /// Also name what would make the named queries cheaper: indexes, replica identities, publications
+    #[arg(long)]
+    pub queries: bool,
     /// One JSON document instead of lines
     #[arg(long)]
     pub json: bool,
@@ -264,6 +292,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Check(args) => block_on(commands::check::run(settings, args)),
         Command::Token(args) => commands::token::run(settings, args),
         Command::Tail(args) => block_on(commands::tail::run(settings, args)),
+        Command::Explain(args) => block_on(commands::explain::run(settings, args)),
         Command::Config(_) => {
             effective.iter().for_each(|line| println!("{} = {}  # {}", line.key, line.shown, line.origin));
             Ok(ExitCode::SUCCESS)

@@ -119,6 +119,8 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),
+        slow_query: std::time::Duration::from_millis(settings.queries.slow_ms),
+        stream_timeout: settings.queries.stream_timeout,
     })
 }
 

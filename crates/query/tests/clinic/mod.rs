@@ -26,7 +26,7 @@ impl Clinic {
 
     pub fn queries(&self, files: &[String]) -> Queries {
         let parsed = files.iter().map(|text| NamedQuery::parse("q.sql", text).unwrap()).collect();
-        Queries::new(parsed, self.pool.clone(), Duration::from_secs(20))
+        Queries::new(parsed, self.pool.clone(), Duration::from_secs(20), "walcast")
     }
 
     pub async fn plan(&self, file: &str, role: &str) -> std::sync::Arc<Plan> {
@@ -38,7 +38,7 @@ impl Clinic {
     pub async fn run(&self, file: &str, claims: &Claims, list: &[(&str, &str)]) -> Result<Answer, QueryError> {
         let queries = self.queries(&[file.to_owned()]);
         let name = queries.all().next().unwrap().name.clone();
-        queries.run(&name, claims, &params(list)).await.map(|(answer, _)| answer)
+        queries.run(&queries.ask(&name, &params(list))?, claims).await.map(|(answer, _)| answer)
     }
 }
 

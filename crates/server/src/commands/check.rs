@@ -23,7 +23,8 @@ pub fn expectations(settings: &Settings) -> Expectations {
 
 pub async fn run(settings: Settings, args: CheckArgs) -> Result<ExitCode, Failure> {
     let url = settings.database.url.as_ref().map(|url| url.expose());
-    let findings = check(url, &expectations(&settings)).await;
+    let mut findings = check(url, &expectations(&settings)).await;
+    findings.extend(queries(&settings, args.queries).await);
     let failed = findings.iter().any(|finding| finding.level == Level::Fail);
     if args.json {
         println!("{:#}", document(&findings, !failed));
@@ -32,6 +33,22 @@ pub async fn run(settings: Settings, args: CheckArgs) -> Result<ExitCode, Failur
         print!("{}", lines(&findings, colour));
     }
     Ok(ExitCode::from(u8::from(failed)))
+}
+
+/// Of the named queries, if a folder is named.
+async fn queries(settings: &Settings, advice: bool) -> Vec<Finding> {
+    walcast_engine::install_crypto();
+    let failed = |failure: &Failure| Finding {
+        check: "queries",
+        level: Level::Fail,
+        line: failure.report().trim_end().trim_start_matches("error: ").to_owned(),
+        fix: None,
+    };
+    match super::explain::desk(settings).await {
+        Ok(None) => Vec::new(),
+        Ok(Some(desk)) => desk.check(advice).await,
+        Err(failure) => vec![failed(&failure)],
+    }
 }
 
 fn document(findings: &[Finding], ok: bool) -> serde_json::Value {

@@ -66,6 +66,8 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
     let publisher = tokio::spawn(clinic::publish_new_tables(admin.clone()));
     let rate = if args.no_writer { 0 } else { args.rate.unwrap_or(DEFAULT_RATE) };
     let writer = tokio::spawn(clinic::write_steadily(admin, rate));
+    let queries = dev.running.engine.clone();
+    let watcher = tokio::spawn(async move { queries.watch_queries().await });
     say.ready(&Banner { state: &dev.state, home: &home, postgres: &dev.version, rate, took: began.elapsed() });
 
     let code = tokio::select! {
@@ -84,6 +86,7 @@ pub async fn run(mut settings: Settings, args: DevArgs) -> Result<ExitCode, Fail
     say.step("ending");
     publisher.abort();
     writer.abort();
+    watcher.abort();
     home.remove_state();
     dev.running.stop().await;
     let stopped = tokio::task::spawn_blocking(move || dev.postgres.stop()).await;

@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod dev;
+pub mod explain;
 pub mod migrate;
 pub mod serve;
 pub mod tail;

@@ -4,7 +4,12 @@ use std::process::ExitCode;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{failure::Failure, log, running, settings::Settings};
+use crate::{
+    failure::Failure,
+    log,
+    running::{self, Running},
+    settings::Settings,
+};
 
 pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     log::start(&settings.log);
@@ -12,6 +17,7 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
     tracing::info!(url = %running.url(), "walcast is serving");
     let failed = tokio::select! {
         () = told_to_end() => None,
+        () = reload_on_hangup(&running) => None,
         task = running.engine.failed() => Some(task),
     };
     tracing::info!("ending: connections are closed, the slot is let go");
@@ -21,6 +27,15 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
         Some(task) => Err(Failure::new("task_died", format!("the task `{task}` died; the log above says why"))
             .hint("start `walcast serve` again: the slot is the log, nothing is lost; and please report this".to_owned())),
     }
+}
+
+/// SIGHUP: the query files are read again. A broken one is logged, and the queries stay as they were.
+async fn reload_on_hangup(running: &Running) {
+    let Ok(mut hangup) = signal(SignalKind::hangup()) else { return std::future::pending().await };
+    while hangup.recv().await.is_some() {
+        let _ = running.engine.reload_queries().await;
+    }
+    std::future::pending().await
 }
 
 /// Ctrl-C, or a service manager's SIGTERM.

@@ -93,6 +93,8 @@ pub fn router(app: App) -> Router {
         .route("/realtime/v1/websocket", get(realtime::upgrade))
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
+        .route("/query/v1", post(query::batch::post))
+        .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
         .route("/admin/v1/cache", get(admin::cache))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
@@ -138,9 +140,11 @@ fn from_any_page() -> CorsLayer {
         "walcast-ticket",
         "walcast-compute",
         "walcast-ttl",
+        "walcast-next",
         "cache-tag",
         "etag",
         "age",
+        "link",
         "retry-after",
     ];
     CorsLayer::new()

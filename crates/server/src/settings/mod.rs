@@ -92,6 +92,8 @@ pub enum Deaf {
 #[derive(Debug, Clone)]
 pub struct QueriesSettings {
     pub dir: Option<PathBuf>,
+    pub slow_ms: u64,
+    pub stream_timeout: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -157,7 +159,11 @@ impl Settings {
                 deaf: if from.text("cache.deaf") == "compute" { Deaf::Compute } else { Deaf::Stale },
                 namespaces,
             },
-            queries: QueriesSettings { dir: from.optional_text("queries.dir").map(PathBuf::from) },
+            queries: QueriesSettings {
+                dir: from.optional_text("queries.dir").map(PathBuf::from),
+                slow_ms: from.number("queries.slow_ms"),
+                stream_timeout: from.time("queries.stream_timeout"),
+            },
             stream: StreamSettings {
                 acknowledge_after: from.time("stream.acknowledge_after"),
                 acknowledge_bytes: from.number("stream.acknowledge_bytes"),

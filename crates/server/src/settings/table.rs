@@ -109,6 +109,20 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting("queries.dir", Kind::Text, "", "queries", "Folder of named SQL queries"),
     setting(
+        "queries.slow_ms",
+        COUNT,
+        "100",
+        "250",
+        "A query that takes longer, in milliseconds, is logged and kept with its plan: /admin/v1/queries/slow",
+    ),
+    setting(
+        "queries.stream_timeout",
+        TIME,
+        "10m",
+        "1h",
+        "Longest life of one stream of rows (NDJSON), which holds a connection and a snapshot",
+    ),
+    setting(
         "stream.acknowledge_after",
         TIME,
         "60s",

@@ -5,6 +5,7 @@
 
 pub mod control_feed;
 pub mod memory;
+pub mod queries;
 pub mod reads;
 
 use std::{net::TcpListener, process::Stdio, time::Duration};
