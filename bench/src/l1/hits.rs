@@ -23,7 +23,7 @@ use crate::figures::{self, Figures};
 
 const RESIDENT: usize = 100_000;
 const KEYS: usize = 1_000_000;
-const REQUESTS: usize = 2_000_000;
+const REQUESTS: usize = 500_000;
 const COMMITS_PER_S: u64 = 1_000;
 
 /// Every key is there, or a tenth of them and what is missing is put.

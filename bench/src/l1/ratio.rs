@@ -11,7 +11,7 @@ use super::{
 use crate::figures;
 
 const KEYS: usize = 50_000;
-const REQUESTS: usize = 1_000_000;
+const REQUESTS: usize = 500_000;
 /// Room for this share of a load's keys.
 const ROOMS: [f64; 3] = [0.01, 0.05, 0.2];
 
