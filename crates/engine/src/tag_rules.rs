@@ -14,7 +14,10 @@ use walcast_pg::{PgError, Pool};
 use crate::{
     Core,
     config::TagRuleConfig,
-    doctor::{Finding, Level, NotReady, tag_rules::examine},
+    doctor::{
+        Finding, Level, NotReady,
+        tag_rules::{CHECK, examine},
+    },
     pipeline::cascade::Cascades,
 };
 
@@ -164,6 +167,9 @@ impl Core {
         }
         drop(state);
         raise_all(&rules.resolved());
+        let mut told = self.warnings.lock();
+        told.retain(|warning| !warning.starts_with(CHECK));
+        told.extend(rules.warnings());
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     tag_rules::{Lookup, Resolved},
 };
 
-const CHECK: &str = "tag_rules";
+pub(crate) const CHECK: &str = "tag_rules";
 const DOING: &str = "reading what tag rules need";
 
 pub(crate) struct Examined {

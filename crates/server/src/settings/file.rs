@@ -67,12 +67,13 @@ impl Reader<'_> {
         }
     }
 
-    /// A table of a list begins at its first key: that of the list itself is the first one's.
+    /// Its place is that of its first key.
     fn rule(&mut self, item: &Spanned<DeValue<'_>>, list_start: usize) {
-        let DeValue::Table(table) = item.get_ref() else {
-            return self.push(TAGS.into(), None, Raw::Other("a list of other things than tables".into()), list_start);
-        };
         let at = |start: usize| Origin::File { path: self.path.to_owned(), line: line_of(self.text, start) };
+        let DeValue::Table(table) = item.get_ref() else {
+            // No table of a list: as one without a key, it is told how a rule is written.
+            return self.rules.push(FoundRule { origin: at(list_start), keys: Vec::new() });
+        };
         let keys: Vec<_> =
             table.iter().map(|(key, value)| (key.get_ref().to_string(), raw(value.get_ref()), at(key.span().start))).collect();
         let first = table.iter().map(|(key, _)| key.span().start).min();

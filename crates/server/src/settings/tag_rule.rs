@@ -97,7 +97,7 @@ pub fn take(found: FoundRule, errors: &mut Vec<SettingsError>) -> Option<TagRule
         reads: resolved.list("reads"),
     };
     if rule.table.is_empty() {
-        wrong(&found.origin, "a rule for tags has no `table`".into(), "table = \"enrolments\"");
+        wrong(&found.origin, "a rule for tags has no `table`".into(), "[[tags]]\ntable = \"enrolments\"");
     } else if rule.raise.is_empty() {
         wrong(&found.origin, "a rule for tags has no `raise`".into(), "raise = [\"student:{student_id}\"]");
     }
