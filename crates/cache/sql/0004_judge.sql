@@ -23,6 +23,15 @@ create or replace function walcast.clock_number(bytes bytea, at int) returns big
 language sql immutable parallel safe
 return ('x' || encode(substr(bytes, at, 8), 'hex'))::bit(64)::bigint;
 
+-- What an entry with this tag falls with too: `patients:id=7` with `patients:id=*`, `product:7` with `product:*`.
+create or replace function walcast.tag_companion(tag text) returns text
+language sql immutable parallel safe
+return case
+  when starts_with(tag, '~') or strpos(tag, ':') = 0 then null
+  when strpos(substr(tag, strpos(tag, ':') + 1), '=') = 0 then split_part(tag, ':', 1) || ':*'
+  else split_part(tag, ':', 1) || ':' || split_part(substr(tag, strpos(tag, ':') + 1), '=', 1) || '=*'
+end;
+
 -- The clock that can be believed now. No row: nobody runs Walcast, or the checkpoint is too old, of another form, or from
 -- before a crash; then nothing may be answered. Text hashes differ on a big-endian server and in another encoding.
 create or replace function walcast.cache_standing()
@@ -52,10 +61,10 @@ declare
   upto bigint := split_part($5, ':', 2)::bigint;
   running bigint[] := coalesce(string_to_array(nullif(split_part($5, ':', 3), ''), ',')::bigint[], '{}');
   after bigint := ($4 - '0/0'::pg_lsn)::bigint;
-  -- What ends a value: everything, its namespace and key, its tags and, of each, the unknown rows of its column.
+  -- What ends a value: everything, its namespace and key, its tags and their companions.
   ended_by text[] := array['~all', '~ns:' || $1, '~key:' || $1 || ':' || split_part($2, chr(31), 1)] || $3
-    || array(select m[1] || '*' from unnest($3) t(tag), regexp_match(t.tag, '^(?!~)([^:]*:[^=]*=)') m where m is not null);
-  places int[] := array(select walcast.clock_slot(hashtextextended(t.tag collate "C", 0), $6) from unnest(ended_by) t(tag));
+    || array(select walcast.tag_companion(t) from unnest($3) t);
+  places int[] := array(select walcast.clock_slot(hashtextextended(t collate "C", 0), $6) from unnest(ended_by) t where t is not null);
 begin
   return not exists (
     select from walcast.clock c

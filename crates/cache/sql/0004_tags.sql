@@ -81,6 +81,10 @@ declare
   why text;
 begin
   foreach tag in array $1 loop
+    if tag ~ '[:=]\*$' then
+      raise exception 'tag "%" is raised only where a value is not known', tag
+        using errcode = 'invalid_parameter_value', hint = 'use the table''s own tag, or a tag with the value';
+    end if;
     names := regexp_match(tag, '^([^:]*):([^=]*)=(.*)$');
     is_row := names is not null;
     spelled := case when is_row then names[1] else tag end;

@@ -296,6 +296,7 @@ async fn what_cannot_be_meant_is_refused_with_the_reason_and_the_way_to_say_it()
         (set("'notes', 'k', '1', tags => array['items:id=01']"), "is not raised by commits"),
         (set("'notes', 'k', '1', tags => array['items:version=1']"), "in no key, index or foreign key"),
         (set("'notes', 'k', '1', tags => array['public.items']"), "commits spell it items"),
+        (set("'notes', 'k', '1', tags => array['items:id=*']"), "raised only where a value is not known"),
         (set("'notes', 'k', '1', tags => array['diary']"), "not in the cache's publication"),
         (set("'notes', 'k', to_jsonb(repeat('x', 2000000))"), "a value has at most 1048576 bytes"),
         (set("'notes', 'k', '1', fence => 'x'"), "no fence that this database gave"),
