@@ -37,6 +37,8 @@ pub async fn get(
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     let key = key(&app, path, &claims, Right::Read)?;
+    // Whoever may not put a value is not asked to, or the others would wait for him in vain.
+    let may_put = app.engine.may_use_namespace(&claims, Right::Write, key.namespace()).is_ok();
     let position = app.engine.position();
     let freshness = freshness(&headers)?;
     // Computed anew, whatever is there.
@@ -46,7 +48,7 @@ pub async fn get(
         Some(Lookup::Hit { entry, tier, stale }) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
             // Without the stream nothing could be stored.
-            let to_be_put_anew = stale.is_some_and(|stale| stale != Stale::StreamLost);
+            let to_be_put_anew = may_put && stale.is_some_and(|stale| stale != Stale::StreamLost);
             let ticket = if to_be_put_anew { app.engine.cache_refresh_ticket(&key).await } else { None };
             let mut status = format!("walcast; hit; ttl={}; detail={}", entry.ttl(now).as_secs(), tier.as_str());
             if entry.negative {
@@ -62,10 +64,10 @@ pub async fn get(
             response
         }
         Some(Lookup::Miss { reason }) => {
-            let leads = app.engine.cache_should_compute(&key);
+            let leads = may_put && app.engine.cache_should_compute(&key);
             miss(&app, &key, &format!("miss; detail={}", reason.as_str()), reason.as_str(), leads).await
         }
-        None => miss(&app, &key, "request; detail=no_cache", "no-cache was asked for", true).await,
+        None => miss(&app, &key, "request; detail=no_cache", "no-cache was asked for", may_put).await,
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
     Ok(response)
