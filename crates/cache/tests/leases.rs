@@ -18,7 +18,8 @@ use walcast_testkit::TestPostgres;
 async fn postgres() -> TestPostgres {
     let postgres = TestPostgres::start().await.unwrap();
     postgres.execute("create schema walcast").await.unwrap();
-    for (_, sql) in MIGRATIONS {
+    // What comes after is the face for SQL, which needs the other rooms.
+    for (_, sql) in MIGRATIONS.iter().filter(|(name, _)| *name < "cache/0004") {
         postgres.execute(sql).await.unwrap();
     }
     postgres

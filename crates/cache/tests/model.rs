@@ -379,7 +379,8 @@ async fn p4_and_p5_no_fresh_answer_lacks_a_commit_that_anybody_was_told_of_and_n
 async fn p4_and_p5_hold_with_the_table_behind_which_outlives_restarts() {
     let postgres = TestPostgres::start().await.unwrap();
     postgres.execute("create schema walcast").await.unwrap();
-    for (_, sql) in walcast_cache::MIGRATIONS {
+    // What comes after is the face for SQL, which needs the other rooms.
+    for (_, sql) in walcast_cache::MIGRATIONS.iter().filter(|(name, _)| *name < "cache/0004") {
         postgres.execute(sql).await.unwrap();
     }
     for seed in 1_000..1_004 {

@@ -41,6 +41,8 @@ pub async fn get(
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
     let key = key(&app, path, &claims, Right::Read)?;
+    // Whoever may not put a value is not asked to, or the others would wait for him in vain.
+    let may_put = app.engine.may_use_namespace(&claims, Right::Write, key.namespace()).is_ok();
     let position = app.engine.position();
     let freshness = freshness(&headers)?;
     // Computed anew, whatever is there.
@@ -50,7 +52,7 @@ pub async fn get(
         Some(Lookup::Hit { entry, tier, stale }) => {
             let now = now_ms();
             // Without the stream nothing could be stored.
-            let to_be_put_anew = stale.is_some_and(|stale| stale != Stale::StreamLost);
+            let to_be_put_anew = may_put && stale.is_some_and(|stale| stale != Stale::StreamLost);
             let ticket = if to_be_put_anew { app.engine.cache_refresh_ticket(&key).await } else { None };
             let mut response = hit(&key, &entry, &headers, &told_hit(&entry, tier, stale, now), entry.age(now));
             if let Some(ticket) = ticket {
@@ -59,10 +61,10 @@ pub async fn get(
             response
         }
         Some(Lookup::Miss { reason }) => {
-            let leads = app.engine.cache_should_compute(&key);
+            let leads = may_put && app.engine.cache_should_compute(&key);
             miss(&app, &key, &format!("miss; detail={}", reason.as_str()), reason.as_str(), leads).await
         }
-        None => miss(&app, &key, "request; detail=no_cache", "no-cache was asked for", true).await,
+        None => miss(&app, &key, "request; detail=no_cache", "no-cache was asked for", may_put).await,
     };
     response.headers_mut().insert(POSITION, header_value(&position.to_string()));
     Ok(response)
