@@ -79,7 +79,9 @@ impl Walcast {
     pub fn new(policy: Policy, entries: usize) -> Walcast {
         let unnamed = NamespaceConfig { policy, ..NamespaceConfig::default() };
         let l1_bytes = (entries as u64 * 4096).max(256 << 20);
-        let config = CacheConfig { l1_bytes, l1_entries: Some(entries), unnamed, ..CacheConfig::default() };
+        // On a busy machine a run takes longer than the usual five minutes, and the others know no time.
+        let default_ttl = CacheConfig::MAX_TTL;
+        let config = CacheConfig { l1_bytes, l1_entries: Some(entries), unnamed, default_ttl, ..CacheConfig::default() };
         let clock = Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(1)));
         let cache = Cache::new(config, clock, None);
         cache.set_hearing(Hearing::Live);

@@ -34,8 +34,13 @@ pub(crate) struct Life {
 }
 
 /// Never changed once made, but for a note of the judge: tiers, flights and readers share it. Of one cache only.
+/// What every read looks at stands first, and stays there: beside the counts of the `Arc`, mostly on one cache line.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Entry {
+    verdict: Verdict,
+    pub expires_at: u64,
+    pub negative: bool,
     pub key: CacheKey,
     pub value: Bytes,
     pub content_type: Arc<str>,
@@ -45,13 +50,10 @@ pub struct Entry {
     pub fence: Fence,
     /// Unix milliseconds, as is `expires_at`.
     pub stored_at: u64,
-    pub expires_at: u64,
     /// Until then it may be answered as stale. Never before `expires_at`.
     pub stale_until: u64,
-    pub negative: bool,
     /// Strong and quoted, from content and content type.
     pub etag: Arc<str>,
-    verdict: Verdict,
 }
 
 /// The clock's sequence read before the entry was last found admitted; 0: never.
