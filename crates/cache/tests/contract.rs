@@ -16,7 +16,9 @@ use common::{
     l2::{node_of, patient, postgres},
     refusal, told, value, world_with,
 };
-use walcast_cache::{AtLeast, Cache, CacheConfig, ComputeOptions, Hearing, L2Config, Lookup, NamespaceConfig, PutError, Refusal};
+use walcast_cache::{
+    AtLeast, Cache, CacheConfig, ComputeOptions, Hearing, L2Config, Lookup, NamespaceConfig, NewValue, PutError, Refusal,
+};
 use walcast_model::{Epoch, Fence, Floor, Lsn, Stamp, Tag, Xid};
 use walcast_testkit::{Proxy, TestPostgres};
 
@@ -86,7 +88,12 @@ const BEHAVIOURS: &[Behaviour] = behaviours![
 ];
 
 fn config() -> CacheConfig {
-    let stale = NamespaceConfig { grace: Duration::from_secs(600), ttl_jitter: 0.0, ..NamespaceConfig::default() };
+    let stale = NamespaceConfig {
+        grace: Duration::from_secs(600),
+        negative_ttl: Some(Duration::from_secs(60)),
+        ttl_jitter: 0.0,
+        ..NamespaceConfig::default()
+    };
     CacheConfig { namespaces: [("stale".to_owned(), stale)].into(), max_value_bytes: 64 << 10, ..CacheConfig::default() }
 }
 
@@ -346,17 +353,21 @@ async fn an_entry_ends_with_its_time(s: &Subject) -> Outcome {
 }
 
 async fn how_long_it_may_be_stale_and_that_nothing_is_there_are_kept(s: &Subject) -> Outcome {
-    let mut nothing = value("", &[]);
-    nothing.negative = true;
-    nothing.ttl = Some(Duration::from_secs(60));
-    s.disturb();
-    s.world.cache.put(&key("stale/nothing"), nothing, fence("10:20:", 50)).unwrap();
-    s.flush().await;
-    let Lookup::Hit { entry, .. } = s.look("stale/nothing", AtLeast::Any).await else {
-        return s.compare("of nothing", "miss", "hit");
-    };
-    let stale_for = entry.stale_until - entry.expires_at;
-    if entry.negative && stale_for == 600_000 { Ok(()) } else { Err(format!("{} and {stale_for} ms", entry.negative)) }
+    for (name, negative, expected) in [("stale/nothing", true, 0), ("stale/something", false, 600_000)] {
+        s.disturb();
+        let value = NewValue { negative, ..value("", &[]) };
+        s.world.cache.put(&key(name), value, fence("10:20:", 50)).unwrap();
+        s.flush().await;
+        let Lookup::Hit { entry, .. } = s.look(name, AtLeast::Any).await else {
+            s.compare(name, "miss", "hit")?;
+            continue;
+        };
+        let stale_for = entry.stale_until - entry.expires_at;
+        if (entry.negative, stale_for) != (negative, expected) {
+            return Err(format!("{name}: {} and {stale_for} ms", entry.negative));
+        }
+    }
+    Ok(())
 }
 
 async fn without_the_stream_nothing_is_fresh(s: &Subject) -> Outcome {
