@@ -76,8 +76,8 @@ begin
         where stamp.lsn > after
           and (stamp.xid < 0 or not (stamp.xid < below or (stamp.xid < upto and stamp.xid <> all (running)))))))
   and not exists (
-    select from walcast.selections s, cast(s.xid::text as numeric) xid
-    where s.lsn > $4 and not (xid < below or (xid < upto and xid <> all (running)))
+    select from walcast.selections s, lateral (select s.xid::text::numeric) by_hand(number)
+    where s.lsn > $4 and not (by_hand.number < below or (by_hand.number < upto and by_hand.number <> all (running)))
       and coalesce(s.content ->> 'namespace', $1) = $1
       and (s.content ->> 'pattern' is null or split_part($2, chr(31), 1) like walcast.glob_like(s.content ->> 'pattern'))
       and ended_by @> array(select jsonb_array_elements_text(s.content -> 'all_of'))
