@@ -86,6 +86,9 @@ declare
 begin
   perform walcast.cache_require($5, 'read');
   perform walcast.cache_require($5, 'write');
+  if exists (select from walcast.cache_namespaces n where n.namespace = $5 and n.external) then
+    perform walcast.cache_check_shared($5);
+  end if;
   perform walcast.cache_check_ttl($3);
   perform walcast.cache_check_tags($4, 63);
   if $6 is null or array_position($6, null) is not null then

@@ -57,13 +57,21 @@ begin
 end
 $$;
 
--- A namespace that is kept per security context has no key that SQL could name.
+-- A namespace that is kept per security context has no key that SQL could name, and values from elsewhere live in the
+-- memory of Walcast alone, which SQL cannot ask.
 create or replace function walcast.cache_check_shared(namespace text) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+  named record;
 begin
-  if exists (select from walcast.cache_namespaces n where n.namespace = $1 and n.per_context) then
+  select * into named from walcast.cache_namespaces n where n.namespace = $1;
+  if named.per_context then
     raise exception 'cache namespace "%" has an entry of its own for each security context', $1
-      using errcode = 'feature_not_supported', hint = 'use walcast.cached(), which keeps security contexts apart, or GET /cache/v1/…';
+      using errcode = 'feature_not_supported', hint = 'use walcast.cached(), which keeps security contexts apart, or /cache/v1';
+  end if;
+  if named.external then
+    raise exception 'cache namespace "%" has source = "external": its values are kept in the memory of Walcast alone', $1
+      using errcode = 'feature_not_supported', hint = 'use /cache/v1; from SQL it can be invalidated';
   end if;
 end
 $$;
@@ -127,9 +135,7 @@ begin
     tags = excluded.tags, epoch = excluded.epoch, floor = excluded.floor, settled = excluded.settled, snapshot_xmax = excluded.snapshot_xmax,
     snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, stale_until = excluded.stale_until,
     negative = excluded.negative, etag = excluded.etag
-  where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
-    -- What does not come from this database is as new as its writer.
-    or named.external;
+  where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch;
   return found;
 exception when lock_not_available or serialization_failure or insufficient_resources then
   -- Walcast is writing the row now, or wrote it after this transaction's snapshot; or there is no room.
@@ -156,15 +162,12 @@ begin
   if $3 is null then
     raise exception 'there is no value to store' using errcode = 'null_value_not_allowed', hint = '''null''::jsonb stores that there is none';
   end if;
-  if not exists (select from walcast.cache_namespaces n where n.namespace = $1 and n.external) then
-    perform walcast.cache_check_tracked($5);
-    if $6 is null and current_setting('transaction_isolation') not in ('repeatable read', 'serializable') then
-      raise exception 'under read committed nobody knows what this value was made from'
-        using errcode = 'object_not_in_prerequisite_state',
-          hint = 'take walcast.cache_fence() before the first read and hand it on as fence, use walcast.cached(), or begin isolation level repeatable read';
-    end if;
+  perform walcast.cache_check_tracked($5);
+  if $6 is null and current_setting('transaction_isolation') not in ('repeatable read', 'serializable') then
+    raise exception 'under read committed nobody knows what this value was made from'
+      using errcode = 'object_not_in_prerequisite_state',
+        hint = 'take walcast.cache_fence() before the first read and hand it on as fence, use walcast.cached(), or begin isolation level repeatable read';
   end if;
-  -- Without one the moment is now: the transaction's own, or, of a value from elsewhere, the moment of writing it.
   return walcast.cache_store($1, $2, convert_to($3::text, 'UTF8'), 'application/json', $4, $5, coalesce($6, walcast.cache_fence()));
 end
 $$;

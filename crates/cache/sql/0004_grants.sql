@@ -15,7 +15,7 @@ create table if not exists walcast.cache_namespaces (
   ttl interval,
   -- Carried by every entry.
   tags text[] not null default '{}',
-  -- Values do not come from this database: no fence is needed.
+  -- Values do not come from this database: they are in the memory of Walcast alone.
   external boolean not null default false,
   -- Each security context has its own entry under a key.
   per_context boolean not null default false
@@ -71,7 +71,8 @@ begin
   if not walcast.cache_may($1, $2) then
     raise exception 'role "%" has no right to % in cache namespace "%"', walcast.cache_caller(), $2, $1
       using errcode = 'insufficient_privilege',
-        hint = format('list the role in walcast.toml below [cache.namespaces.%s], then run walcast migrate; a namespace that is not there is for service_role', $1);
+        hint = format('list the role in walcast.toml below [cache.namespaces.%s], as in %s = ["%s"], then run walcast migrate; a namespace that is not there is for service_role',
+          $1, $2, walcast.cache_caller());
   end if;
   if exists (select from walcast.cache_settings s where s.strict)
     and not exists (select from walcast.cache_namespaces n where n.namespace = $1) then

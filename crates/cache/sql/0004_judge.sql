@@ -1,10 +1,6 @@
 -- How SQL judges a row of the second tier: by the checkpoint of the tag clock, as Walcast itself judges it by the clock.
 -- The checkpoint is about a second old. So what SQL reads is of bounded staleness, and no more than that.
 
-alter table walcast.cache_entries
-  add column if not exists stale_until timestamptz,
-  add column if not exists negative boolean not null default false;
-
 -- The small ones have a body that is bound when it is made and no search path of their own, so that PostgreSQL
 -- writes them into the statement that calls them; the others are in PL/pgSQL, which keeps its plans for the session.
 

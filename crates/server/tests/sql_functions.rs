@@ -237,6 +237,13 @@ async fn a_role_without_a_grant_is_refused_by_name_and_nobody_reads_the_tables()
             "role \"authenticated\" may not invalidate by tags",
         ),
         ("authenticated", "select walcast.cache_invalidate_namespace('unlisted')", "no right to invalidate in cache namespace"),
+        (
+            "authenticated",
+            "select walcast.cache_invalidate_namespace('sql')",
+            "no right to invalidate in cache namespace \"sql\"",
+        ),
+        ("authenticated", "select walcast.cache_get('mine', 'k')", "has an entry of its own for each security context"),
+        ("service_role", "select walcast.cache_set('sessions', 'k', '1')", "kept in the memory of Walcast alone"),
         ("service_role", "select walcast.cache_get('query.items', 'k')", "holds what queries keep"),
         ("anon", "select walcast.cached('report()')", "role \"anon\" has no right to read in cache namespace \"sql\""),
         ("authenticated", "select walcast.cached('secret()')", "may not execute public.secret()"),
@@ -464,9 +471,9 @@ async fn migrate_prints_functions_and_grants_and_writes_what_the_config_says_now
         let rows = client.query("select namespace || ' ' || role from walcast.namespace_grants order by 1", &[]).await?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
     };
-    ensure!(grants().await? == ["notes authenticated", "sql authenticated"]);
+    ensure!(grants().await? == ["mine authenticated", "notes authenticated", "sql authenticated"]);
     client.batch_execute("insert into walcast.namespace_grants values ('*', 'nurse', false, false, true)").await?;
-    room.configure("[cache.namespaces.notes]\nroles = ['nurse']\n").await?;
+    room.configure("[cache.namespaces.notes]\nread = ['nurse', 'claim:app_role=nurse']\n").await?;
     ensure!(grants().await? == ["* nurse", "notes nurse"], "{:?}", grants().await?);
     let nurse = room.postgres.connect_as("nurse").await?;
     nurse.query_one("select walcast.cache_invalidate_tags(array['reports'])::text", &[]).await?;

@@ -10,7 +10,20 @@ use walcast_testkit::{TestPostgres, wait};
 
 use crate::support::{DEADLINE, SERVE_ROLE, Server, reads::Reads};
 
-const CONFIG: &str = "[cache.namespaces.notes]\nroles = ['authenticated']\n[cache.namespaces.sql]\nroles = ['authenticated']\n";
+const CONFIG: &str = "
+[cache.namespaces.notes]
+read = ['authenticated']
+write = ['authenticated']
+invalidate = ['authenticated']
+[cache.namespaces.sql]
+read = ['authenticated']
+write = ['authenticated']
+[cache.namespaces.sessions]
+source = 'external'
+[cache.namespaces.mine]
+per_context = true
+read = ['authenticated']
+";
 
 const SCHEMA: &str = "
 create table items (id bigint primary key, version bigint not null);
