@@ -267,7 +267,7 @@ impl Examiner<'_> {
             Ok(query) => query,
             Err(error) => return wrong(format!("its lookup cannot be read: {}", error.what), &error.hint),
         };
-        let plan = match plan(self.pool, &query, &self.role, std::time::Duration::from_secs(10)).await {
+        let plan = match plan(self.pool, &query, &self.role, std::time::Duration::from_secs(10), self.publication).await {
             Ok(plan) => plan,
             Err(QueryError::Denied { message, .. }) => {
                 let denied = message.rsplit(' ').next().unwrap_or_default();

@@ -77,7 +77,7 @@ impl Engine {
         let Some(at_least) = core.at_least(freshness).await else {
             return Err(not_that_fresh());
         };
-        core.answer(&asked, at_least).await
+        core.answer(&Arc::new(asked), at_least).await
     }
 }
 
@@ -95,22 +95,27 @@ impl Core {
         Ok(Asked { queries, question, key, plan, claims: claims.clone() })
     }
 
-    pub(super) async fn answer(&self, asked: &Asked, at_least: AtLeast) -> Result<QueryAnswer, QueryFailure> {
+    pub(super) async fn answer(self: &Arc<Core>, asked: &Arc<Asked>, at_least: AtLeast) -> Result<QueryAnswer, QueryFailure> {
         // What a hit contains: everything that had been invalidated when it was looked up.
         let invalidated = self.progress.invalidated();
-        let compute = || self.compute(asked);
+        // Owns what it needs: it may go on in the background while an old answer is given.
+        let (core, question) = (self.clone(), asked.clone());
+        let compute = move || {
+            let (core, question) = (core.clone(), question.clone());
+            async move { core.compute(&question).await }
+        };
         if let Err(reason) = &asked.plan.cacheable {
             let computed = fresh_enough(compute, at_least).await?;
             return Ok(self.uncached(asked, computed, format!("{}: {reason}", reason.code())));
         }
         let options = ComputeOptions {
-            ttl: None,
             at_least,
             timeout: self.queries.timeout + Duration::from_secs(5),
-            // Rows under row security are never answered stale.
+            // Only then may an answer that a commit ended be given, marked stale.
             grace: asked.plan.for_anyone,
+            ..ComputeOptions::default()
         };
-        let answer = self.cache.get_or_compute(&asked.key, &options, compute).await.map_err(|error| match error {
+        let answer = self.cache.get_or_compute(&asked.key, &options, compute.clone()).await.map_err(|error| match error {
             ComputeError::Failed(error) => failure(&error),
             ComputeError::TimedOut { after_ms } => QueryFailure {
                 status: 504,
@@ -120,9 +125,10 @@ impl Core {
             },
             ComputeError::Behind => not_that_fresh(),
         })?;
-        if answer.stale.is_some() && !asked.plan.for_anyone {
+        // Its author said how old it may be.
+        if answer.stale.is_some() && asked.plan.max_age.is_some() {
             let computed = fresh_enough(compute, at_least).await?;
-            return Ok(self.uncached(asked, computed, "not_hearing".into()));
+            return Ok(self.uncached(asked, computed, "max_age".into()));
         }
         let (how, lsn) = match (answer.stale, answer.source) {
             (Some(stale), _) => (How::Stale(stale.as_str()), answer.entry.fence.settled),
@@ -160,6 +166,7 @@ impl Core {
         tags.extend(query.namespace.as_deref().map(Tag::namespace));
         let namespace = self.cache.namespace(asked.key.namespace());
         let ttl = query.ttl.or(namespace.and_then(|namespace| namespace.ttl)).unwrap_or(self.config.cache.default_ttl);
+        // "No rows" is an answer like any: exact, so kept where a namespace keeps nothing. Where it does, for so long.
         let nothing = namespace.and_then(|namespace| namespace.negative_ttl).filter(|_| answer.rows == 0);
         let ttl = [Some(ttl), plan.max_age, nothing].into_iter().flatten().min();
         let (value, content_type) = match asked.question.is_page() {
@@ -167,7 +174,7 @@ impl Core {
             true => ([answer.next.unwrap_or_default().as_bytes(), b"\n", &answer.body].concat().into(), PAGE_TYPE),
             false => (answer.body, ROWS_TYPE),
         };
-        Computed { value, content_type: content_type.into(), tags, fence, ttl }
+        Computed { value, content_type: content_type.into(), tags, fence, ttl, negative: false }
     }
 
     pub(super) fn of_entry(&self, asked: &Asked, entry: &Entry, how: How, lsn: Lsn) -> QueryAnswer {

@@ -61,7 +61,7 @@ impl Engine {
 }
 
 impl Core {
-    async fn answers(&self, open: Vec<Open>, at_least: AtLeast) -> HashMap<usize, Outcome> {
+    async fn answers(self: &Arc<Core>, open: Vec<Open>, at_least: AtLeast) -> HashMap<usize, Outcome> {
         let mut found = HashMap::new();
         // Pages and answers that are not kept go their own way from the start.
         let (merging, mut alone): (Vec<_>, Vec<_>) =
@@ -139,8 +139,8 @@ impl Core {
 
     /// Stores an answer that was made for one caller, if it may be stored; he gets it either way.
     fn keep(&self, asked: &Asked, computed: Computed) -> QueryAnswer {
-        let Computed { value, content_type, tags, fence, ttl } = computed.clone();
-        let value = NewValue { value, content_type: Arc::clone(&content_type), tags, ttl, negative: false };
+        let Computed { value, content_type, tags, fence, ttl, negative } = computed.clone();
+        let value = NewValue { value, content_type: Arc::clone(&content_type), tags, ttl, negative };
         match self.cache.put(&asked.key, value, fence) {
             Ok(Stored::Yes { entry }) => {
                 let how = How::Computed { shared: false, not_stored: None };
