@@ -13,7 +13,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde_json::json;
 use walcast_engine::{
-    InvalidateError, Invalidation, Right, What,
+    InvalidateError, Invalidation, NamespaceError, Right, What,
     model::{CacheKey, Claims, TableName, Tag},
 };
 
@@ -83,7 +83,10 @@ fn understood(app: &App, claims: &Claims, asked: &Asked) -> Result<Invalidation,
     }
     match &asked.namespace {
         Some(namespace) => {
-            app.engine.may_use_namespace(claims, Right::Invalidate, namespace)?;
+            app.engine.may_use_namespace(claims, Right::Invalidate, namespace).map_err(|error| match error {
+                NamespaceError::Key(error) => wrong("bad_namespace", error.to_string()),
+                other => other.into(),
+            })?;
         }
         None if claims.role() != "service_role" => {
             return Err(Refusal::new(
