@@ -212,6 +212,42 @@ async fn p5_a_restart_brings_nothing_back_that_a_selection_took_and_keeps_the_re
 }
 
 #[tokio::test]
+async fn a_soft_invalidation_is_answered_stale_once_with_a_ticket_and_fresh_when_it_was_made_anew() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("walcast.toml");
+    std::fs::write(&file, "[cache.namespaces.users]\nstale_while_revalidate = \"1h\"\n")?;
+    let house = House::open(&[("WALCAST_CONFIG", &file.to_string_lossy())]).await?;
+    for what in [
+        json!({ "pattern": "user:7:*", "soft": true }),
+        json!({ "namespace": "users", "keys": ["user:7:name"], "soft": true }),
+        json!({ "tags": ["red"], "soft": true }),
+        json!({ "namespace": "users", "soft": true }),
+        json!({ "everything": true, "soft": true }),
+    ] {
+        house.refill().await?;
+        let early = house.reads.get("/cache/v1/users/user:7:other").await?;
+        house.reads.invalidate(what.clone()).await?;
+        let stale = house.reads.get(USER_7).await?;
+        ensure!(stale.is_stale() && stale.cache_status.ends_with("detail=softened") && stale.body == "1", "{what}: {stale:?}");
+        let position = house.reads.invalidate(json!({ "tags": ["tests:heard"] })).await?;
+        ensure!(!house.reads.get_at_least(USER_7, &position).await?.is_hit(), "{what}: not to who asks for more");
+        if what.get("pattern").is_some() {
+            ensure!(!house.reads.get(OTHER).await?.is_hit(), "a namespace that answers nothing stale");
+            let path = "/cache/v1/users/user:7:other";
+            ensure!(house.reads.put(path, By::Ticket(early.ticket()?), "", "old").await? == "touched");
+        }
+        let answer = house.reads.put(USER_7, By::Ticket(stale.ticket()?), "red, round", "2").await?;
+        let seen = house.reads.get(USER_7).await?;
+        ensure!(answer == "stored" && seen.is_fresh_hit() && seen.body == "2", "{what}: {answer}, {seen:?}");
+        // Hard after soft leaves nothing to answer.
+        house.reads.invalidate(json!({ "namespace": "users", "soft": true })).await?;
+        house.reads.invalidate(json!({ "namespace": "users", "pattern": "*" })).await?;
+        ensure!(!house.reads.get(USER_7).await?.is_hit(), "{what}");
+    }
+    house.server.stop().await
+}
+
+#[tokio::test]
 async fn p7_a_full_list_of_selections_widens_and_the_widened_ones_survive_a_restart() -> Result<()> {
     let settings = [("WALCAST_STREAM__ACKNOWLEDGE_AFTER", "1s")];
     let mut house = House::open(&settings).await?;
