@@ -41,6 +41,7 @@ needs:
 	[ -n "$$WALCAST_PG_BIN" ] || command -v pg_config >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$$missing postgresql"; \
 	command -v psql >/dev/null || missing="$$missing postgresql-client"; \
 	[ -x "$${CHROMIUM:-/usr/bin/chromium}" ] || missing="$$missing chromium fonts-dejavu-core"; \
+	[ -n "$$WALCAST_TEST_PGBOUNCER" ] || PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null || missing="$$missing pgbouncer"; \
 	python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$$missing python3-venv"; \
 	if [ -n "$$missing" ]; then echo "The tests need:$$missing"; echo "  apt-get install -y --no-install-recommends$$missing"; exit 1; fi
 
