@@ -67,7 +67,7 @@ impl Cache {
             return free && namespace.serve_invalidated;
         }
         // Not hearing, nobody knows whether a commit invalidated it.
-        self.hearing() == Hearing::Live || free
+        self.hearing() == Hearing::Live || (free && (namespace.serve_invalidated || !window.is_zero()))
     }
 
     /// Somebody computes it already, so the tiers below need not be asked before it is answered stale.

@@ -139,6 +139,8 @@ impl Core {
     pub(crate) async fn fence(&self) -> Result<Fence, PgError> {
         if let Some((fence, at)) = self.shared_fence.lock().clone()
             && at.elapsed() <= FENCE_AGE
+            // Whoever fills what a commit has just invalidated wants a snapshot that sees it.
+            && fence.settled == self.progress.settled()
             && fence.floor == self.clock.floor()
         {
             return Ok(fence);

@@ -304,7 +304,7 @@ async fn p4_and_p5_after_its_own_write_an_application_puts_and_asks_by_transacti
     // A position of another epoch is none.
     let foreign = format!("00000000/{}", position.split_once('/').map_or("", |(_, rest)| rest));
     ensure!(!house.reads.get_at_least(&key(2), &foreign).await?.is_hit());
-    ensure!(house.reads.get_at_least("/query/v1/item?id=1", &foreign).await?.status == 503);
+    ensure!(house.reads.get_at_least("/query/v1/item?id=1", &foreign).await?.status == 409);
     house.server.stop().await
 }
 

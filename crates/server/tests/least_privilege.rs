@@ -99,6 +99,7 @@ async fn p10_the_serve_role_is_granted_its_own_schema_and_owns_nothing() -> Resu
         "walcast.clock",
         "walcast.sentinel",
         "walcast.selections",
+        "walcast.cache_leases",
         "walcast.cache_entries",
         "walcast.cache_cleanups",
     ];

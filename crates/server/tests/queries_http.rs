@@ -240,15 +240,23 @@ async fn p4_with_a_thousand_tenants_a_write_of_one_leaves_the_other_999_cached()
     };
     let paths =
         ["/query/v1/some?tenants={1,2}", "/query/v1/some?tenants={3,4}", "/query/v1/two?a=1&b=2", "/query/v1/two?a=3&b=4"];
-    for path in paths {
-        kept(path).await?;
-        ensure!(kept(path).await?, "{path} is not kept");
-    }
-    postgres.execute("insert into notes (tenant_id, body) values (2, 'new')").await?;
-    Reads::service(&server).heard().await?;
+    // A description that the stream repeats (after ANALYZE, say) takes all of a table's answers: then it is tried again.
     let mut stayed = Vec::new();
-    for path in paths {
-        stayed.push(kept(path).await?);
+    for _ in 0..5 {
+        for path in paths {
+            kept(path).await?;
+            ensure!(kept(path).await?, "{path} is not kept");
+        }
+        postgres.execute("insert into notes (tenant_id, body) values (2, 'new')").await?;
+        Reads::service(&server).heard().await?;
+        stayed.clear();
+        for path in paths {
+            stayed.push(kept(path).await?);
+        }
+        ensure!(!stayed[0] && !stayed[2], "what holds the written tenant stays: {stayed:?}");
+        if stayed[1] && stayed[3] {
+            break;
+        }
     }
     ensure!(stayed == [false, true, false, true], "{stayed:?}");
     server.stop().await
