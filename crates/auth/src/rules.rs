@@ -300,11 +300,15 @@ impl Changed {
 /// asked every second, for what the stream does not tell.
 pub async fn rules_fingerprint(client: &tokio_postgres::Client) -> Result<String, PgError> {
     // Temporary tables come and go with sessions and are nobody's to cache.
+    // A policy that was made and dropped between two looks leaves no row behind, and an answer of that moment would stay:
+    // the counters of writes to such catalogs tell it. Sessions report them as they commit, or within seconds.
     const SQL: &str = "with mine as materialized (
           select oid, relacl, relrowsecurity, relforcerowsecurity, relowner from pg_catalog.pg_class
           where relkind in ('r', 'p', 'v') and oid >= 16384 and relpersistence <> 't')
         select md5(concat_ws('|',
         (select string_agg(oid::text || xmin::text, ',' order by oid) from pg_catalog.pg_policy),
+        (select string_agg((pg_stat_get_tuples_inserted(t) + pg_stat_get_tuples_updated(t) + pg_stat_get_tuples_deleted(t))::text, ',' order by t)
+           from unnest(array['pg_catalog.pg_policy', 'pg_catalog.pg_auth_members', 'pg_catalog.pg_proc', 'pg_catalog.pg_rewrite']::regclass[]::oid[]) t),
         (select string_agg(oid::text || coalesce(relacl::text, '') || relrowsecurity || relforcerowsecurity || relowner, ',' order by oid) from mine),
         (select string_agg(attrelid::text || attnum || attacl::text, ',' order by attrelid, attnum) from pg_catalog.pg_attribute where attacl is not null and attrelid >= 16384),
         (select string_agg(oid::text || coalesce(nspacl::text, ''), ',' order by oid) from pg_catalog.pg_namespace where nspname !~ '^pg_(temp|toast)'),
