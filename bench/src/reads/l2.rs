@@ -198,7 +198,7 @@ async fn timed(lasting: Duration, pid: u32, mut ask: impl AsyncFnMut() -> anyhow
 
 /// Nothing fits its L1, so that each read is L2's. Its clock is raised by nobody.
 fn cache(stage: &Stage) -> anyhow::Result<Cache> {
-    let pool = Pool::new(&ConnectConfig::parse(&stage.postgres.url())?, 2, DEADLINE)?;
+    let pool = Pool::new(&ConnectConfig::parse(&stage.postgres.url())?, 2, DEADLINE)?.direct();
     let l2 = L2::start(pool, L2Config { read_timeout: DEADLINE, ..L2Config::default() });
     let config = CacheConfig { l1_bytes: 1, ..CacheConfig::default() };
     let cache = Cache::new(config, Arc::new(TagClock::new(TagClock::DEFAULT_SLOTS, Floor(1))), Some(l2));

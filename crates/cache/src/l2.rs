@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use parking_lot::Mutex;
@@ -18,7 +18,10 @@ use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot},
     time::timeout_at,
 };
-use tokio_postgres::{Row, types::Type};
+use tokio_postgres::{
+    Row,
+    types::{PgLsn, Type},
+};
 use walcast_model::{CacheKey, Epoch, Fence, Floor, Lsn, Tag};
 use walcast_pg::{PgError, Pool};
 
@@ -96,9 +99,7 @@ const MAX_HIT_KEYS: usize = 8192;
 const MAX_MET: usize = 1000;
 
 const READ: &str = "
-select hash, namespace, key, value, content_type, tags, floor, settled::text, snapshot,
-       (extract(epoch from stored_at) * 1000)::int8, (extract(epoch from expires_at) * 1000)::int8, etag,
-       (extract(epoch from stale_until) * 1000)::int8, negative
+select hash, namespace, key, value, content_type, tags, floor, settled, snapshot, stored_at, expires_at, etag, stale_until, negative
 from walcast.cache_entries where hash = any($1) and epoch = $2";
 
 impl L2 {
@@ -222,7 +223,7 @@ impl Table {
         let hashes: Vec<&[u8]> = digests.iter().map(|digest| &digest[..]).collect();
         let epoch = self.epoch().to_string();
         let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
-        let answer = timeout_at(deadline, lease.query_typed(READ, &[(&hashes, Type::BYTEA_ARRAY), (&epoch, Type::TEXT)])).await;
+        let answer = timeout_at(deadline, lease.query_kept(READ, &[(&hashes, Type::BYTEA_ARRAY), (&epoch, Type::TEXT)])).await;
         match answer {
             Ok(rows) => rows.map_err(PgError::when(DOING)),
             Err(_) => {
@@ -269,10 +270,15 @@ impl Table {
     }
 }
 
+fn unix_ms(row: &Row, column: usize) -> Option<u64> {
+    let since = row.try_get::<_, SystemTime>(column).ok()?.duration_since(UNIX_EPOCH).ok()?;
+    u64::try_from(since.as_millis()).ok()
+}
+
 /// None if the row is not as we write them: somebody else's hand was in the table.
 fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
     let tags: Vec<&str> = row.try_get(5).ok()?;
-    let settled: Lsn = row.try_get::<_, &str>(7).ok()?.parse().ok()?;
+    let settled = Lsn(row.try_get::<_, PgLsn>(7).ok()?.into());
     let fence = Fence {
         snapshot: row.try_get::<_, &str>(8).ok()?.parse().ok()?,
         settled,
@@ -285,9 +291,8 @@ fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
         ttl: None,
         negative: row.try_get(13).ok()?,
     };
-    let stored_at = u64::try_from(row.try_get::<_, i64>(9).ok()?).ok()?;
-    let expires_at = u64::try_from(row.try_get::<_, i64>(10).ok()?).ok()?;
+    let (stored_at, expires_at) = (unix_ms(row, 9)?, unix_ms(row, 10)?);
     let etag: &str = row.try_get(11).ok()?;
-    let stale_until = u64::try_from(row.try_get::<_, i64>(12).ok()?).ok()?;
+    let stale_until = unix_ms(row, 12)?;
     Some(Entry::stored(key, value, fence, [stored_at, expires_at, stale_until], etag.into()))
 }

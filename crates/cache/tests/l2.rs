@@ -157,6 +157,27 @@ async fn p6_a_slow_table_is_skipped_in_time() {
 }
 
 #[tokio::test]
+async fn p6_a_row_that_somebodys_transaction_holds_is_left_alone_and_the_table_is_not_given_up() {
+    let postgres = postgres().await;
+    let world = node(&postgres, patient());
+    world.put("held", "old", &[], fence("10:20:", 50));
+    flush(&world).await;
+    let holder = postgres.connect().await.unwrap();
+    holder.batch_execute("begin; select from walcast.cache_entries for update").await.unwrap();
+    for n in 0..8 {
+        world.put("held", &format!("new {n}"), &[], fence("10:20:", 60 + n));
+        flush(&world).await;
+    }
+    assert!(!world.cache.l2().unwrap().is_away(), "a lock says nothing about the table");
+    assert_eq!(world.cache.stats().l2_errors.get(), 8);
+    world.put("free", "written", &[], fence("10:20:", 70));
+    flush(&world).await;
+    holder.batch_execute("rollback").await.unwrap();
+    let after = node(&postgres, patient());
+    assert_eq!(get(&after, "free").await, "hit written");
+}
+
+#[tokio::test]
 async fn p7_writes_go_in_batches_and_a_full_queue_drops_and_counts() {
     let postgres = postgres().await;
     let w = node(&postgres, L2Config { queue_bytes: 100_000, ..patient() });

@@ -163,6 +163,8 @@ impl Engine {
         let mut warnings = doctor::warnings(&control, &expect).await?;
         let acknowledge_bytes = acknowledge_bytes(&control, config.stream.acknowledge_bytes).await?;
         let pool = Pool::new(&config.connect, config.max_connections.saturating_sub(OWN_CONNECTIONS).max(2), LEASE_WAIT)?;
+        // The stream needs the server itself at this address.
+        let pool = pool.direct();
         let tag_rules = TagRules::start(&control, &pool, &config.tags, &config.publication_cache).await?;
         warnings.extend(tag_rules.warnings());
         drop(control);

@@ -1,7 +1,7 @@
 //! A bounded set of connections. Whoever finds none free waits, and after a while is told so.
 //!
 //! Only `query_typed` and simple queries are used on them, which need no session state of their own
-//! and so pass through a transaction-mode pooler.
+//! and so pass through a transaction-mode pooler; [`Lease::query_kept`] prepares only where nobody is in between.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -10,6 +10,10 @@ use std::{
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
 
+use tokio_postgres::{
+    Row,
+    types::{ToSql, Type},
+};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::{ConnectConfig, ConnectError, PgError};
@@ -19,10 +23,15 @@ pub struct Pool {
     inner: deadpool_postgres::Pool,
     wait: Duration,
     tls: MakeRustlsConnect,
+    direct: bool,
 }
 
 /// A connection on loan; goes back when dropped.
-pub struct Lease(Object, MakeRustlsConnect);
+pub struct Lease {
+    object: Object,
+    tls: MakeRustlsConnect,
+    direct: bool,
+}
 
 impl Pool {
     pub fn new(config: &ConnectConfig, connections: usize, wait: Duration) -> Result<Pool, ConnectError> {
@@ -36,14 +45,22 @@ impl Pool {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| ConnectError::Url(error.to_string()))?;
-        Ok(Pool { inner, wait, tls })
+        Ok(Pool { inner, wait, tls, direct: false })
+    }
+
+    /// No pooler is in between: a connection is one session for as long as it lives, so it may keep prepared statements.
+    pub fn direct(mut self) -> Pool {
+        self.direct = true;
+        self
     }
 
     pub async fn lease(&self, doing: &'static str) -> Result<Lease, PgError> {
-        self.inner.get().await.map(|object| Lease(object, self.tls.clone())).map_err(|error| match error {
-            PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
-            PoolError::Backend(error) => PgError::from_driver(doing, error),
-            other => PgError::Away { doing, source: other.to_string().into() },
+        self.inner.get().await.map(|object| Lease { object, tls: self.tls.clone(), direct: self.direct }).map_err(|error| {
+            match error {
+                PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
+                PoolError::Backend(error) => PgError::from_driver(doing, error),
+                other => PgError::Away { doing, source: other.to_string().into() },
+            }
         })
     }
 
@@ -59,11 +76,23 @@ impl Pool {
 }
 
 impl Lease {
+    /// For the few statements that are asked all day: where no pooler is in between they are parsed and planned once a
+    /// connection.
+    pub async fn query_kept(&self, sql: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Result<Vec<Row>, tokio_postgres::Error> {
+        if !self.direct {
+            return self.query_typed(sql, params).await;
+        }
+        let types: Vec<Type> = params.iter().map(|(_, kind)| kind.clone()).collect();
+        let statement = self.object.prepare_typed_cached(sql, &types).await?;
+        let values: Vec<&(dyn ToSql + Sync)> = params.iter().map(|(value, _)| *value).collect();
+        self.object.query(&statement, &values).await
+    }
+
     /// Closes the connection instead of giving it back: its session is in a state nobody should meet. What still runs on
     /// it is cancelled. Its place in the pool stays taken until it answers or breaks: a server that hangs would otherwise
     /// get a new connection for each that we let go, and have them all.
     pub fn discard(self) {
-        let Lease(object, tls) = self;
+        let Lease { object, tls, .. } = self;
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return drop(Object::take(object)) };
         runtime.spawn(async move {
             let _ = tokio::time::timeout(Duration::from_secs(5), object.cancel_token().cancel_query(tls)).await;
@@ -77,12 +106,12 @@ impl Deref for Lease {
     type Target = tokio_postgres::Client;
 
     fn deref(&self) -> &tokio_postgres::Client {
-        &self.0
+        &self.object
     }
 }
 
 impl DerefMut for Lease {
     fn deref_mut(&mut self) -> &mut tokio_postgres::Client {
-        &mut self.0
+        &mut self.object
     }
 }
