@@ -76,6 +76,7 @@ pub async fn post(
     }
     let right = if what == "mget" { Right::Read } else { Right::Write };
     app.engine.may_use_namespace(&claims, right, &namespace)?;
+    freshness(&headers)?;
     let body = read(&app, body).await?;
     let keys = Keys { app: &app, claims: &claims, right, namespace: &namespace };
     if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &body).await }

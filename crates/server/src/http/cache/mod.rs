@@ -130,6 +130,12 @@ pub async fn put(
             .hint("split the value, or raise cache.max_value_bytes")
     };
     let value = whole(body, limit).await.ok_or_else(too_large)?;
+    // One that cannot be read is not the same as none: without its tags a value would stay.
+    let unreadable = MEANT.into_iter().find(|name| headers.get(*name).is_some_and(|value| value.to_str().is_err()));
+    if let Some(name) = unreadable {
+        let why = format!("header `{name}` holds something other than visible ASCII");
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "bad_header", why).hint("percent-encode what is not ASCII"));
+    }
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
     let written = match (text("walcast-ticket"), text("walcast-written")) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
@@ -154,6 +160,9 @@ pub async fn put(
     };
     Ok(([(POSITION, header_value(&position.to_string()))], Json(answer)).into_response())
 }
+
+/// Headers of a PUT that say what the value is.
+const MEANT: [&str; 5] = ["walcast-ticket", "walcast-written", "walcast-negative", "content-type", "cache-tag"];
 
 /// What comes beyond the limit and is read all the same, so that the connection can be used again.
 const DRAINED_BYTES: usize = 32 << 20;
@@ -236,16 +245,18 @@ fn key(
 
 /// `Walcast-At-Least: <position or transaction id>`.
 pub fn freshness(headers: &HeaderMap) -> Result<Freshness, Refusal> {
-    let Some(text) = headers.get("walcast-at-least").and_then(|value| value.to_str().ok()).map(str::trim) else {
-        return Ok(Freshness::Any);
-    };
-    if let Ok(xid) = text.parse() {
-        return Ok(Freshness::Contains(xid));
-    }
-    let position = text.parse().map_err(|error| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_position", format!("{error}"))
+    let Some(value) = headers.get("walcast-at-least") else { return Ok(Freshness::Any) };
+    let wrong = |why: String| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_position", why)
             .hint("send a Walcast-Position as it came, or the result of pg_current_xact_id()")
-    })?;
+    };
+    let text = value.to_str().map_err(|_| wrong("Walcast-At-Least holds something other than visible ASCII".into()))?.trim();
+    match text.parse() {
+        Ok(0) => return Err(wrong("0 is no transaction id".into())),
+        Ok(xid) => return Ok(Freshness::Contains(xid)),
+        Err(_) => {}
+    }
+    let position = text.parse().map_err(|error| wrong(format!("{error}")))?;
     Ok(Freshness::AtLeast(position))
 }
 
