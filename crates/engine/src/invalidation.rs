@@ -88,6 +88,10 @@ impl Engine {
         drop(lease);
         let heard = tokio::time::timeout(WAIT_FOR_STREAM, echo.heard()).await.ok().flatten();
         let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
+        // The position is a promise of everything before it, too.
+        if !core.cascades.passed(lsn, WAIT_FOR_STREAM).await {
+            return Err(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()));
+        }
         if let (What::Keys(keys), false) = (&asked.what, asked.soft) {
             // Judged over already; what is gone takes no memory.
             keys.iter().for_each(|key| core.cache.delete_local_if_over(key));

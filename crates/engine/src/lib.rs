@@ -20,6 +20,7 @@ mod queries;
 mod readback;
 mod subscribe;
 mod subscriptions;
+mod table_marks;
 mod tag_rules;
 mod upkeep;
 mod visibility;
@@ -115,7 +116,8 @@ pub struct Core {
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
     pub(crate) tag_rules: TagRules,
-    /// Commits whose cascades are not raised yet.
+    pub(crate) table_marks: table_marks::TableMarks,
+    /// Commits that have still something to raise.
     pub(crate) cascades: cascade::Holds,
     pub(crate) echoes: Echoes,
     pub(crate) metrics: Metrics,
@@ -183,6 +185,7 @@ impl Engine {
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
+            table_marks: table_marks::TableMarks::default(),
             cascades: cascade::Holds::default(),
             echoes: Echoes::default(),
             metrics: Metrics::register(),

@@ -103,7 +103,7 @@ impl TagRules {
             let table = Arc::as_ptr(&change.table);
             if last.as_ref().is_none_or(|(known, _)| *known != table) {
                 raised.tags.extend(self.moving.get(&change.table.name).into_iter().flatten());
-                last = Some((table, self.of(&change.table)));
+                last = Some((table, self.of(change.table.id, &change.table.name)));
             }
             for index in last.iter().flat_map(|(_, rules)| rules) {
                 self.rules[*index].change(change, found.entry(*index).or_default());
@@ -122,8 +122,13 @@ impl TagRules {
 
     /// The coarse forms of all rules of a table, and of those that look it up: it was truncated, or redefined.
     pub fn of_table(&self, table: &Table) -> HashSet<TagHash> {
-        let of_rules = self.of(table).into_iter().flat_map(|index| self.rules[index].companions());
-        of_rules.chain(self.moving.get(&table.name).into_iter().flatten().copied()).collect()
+        self.of_named(table.id, &table.name)
+    }
+
+    /// The same, of a table that only the catalog speaks of.
+    pub fn of_named(&self, id: TableId, name: &TableName) -> HashSet<TagHash> {
+        let of_rules = self.of(id, name).into_iter().flat_map(|index| self.rules[index].companions());
+        of_rules.chain(self.moving.get(name).into_iter().flatten().copied()).collect()
     }
 
     /// The coarse forms of one rule: its lookup cannot be answered.
@@ -136,9 +141,9 @@ impl TagRules {
         self.rules.iter().flat_map(TagRule::companions).collect()
     }
 
-    fn of(&self, table: &Table) -> Vec<usize> {
-        let by_name = self.by_name.get(&table.name).into_iter().flatten();
-        let mut rules: Vec<usize> = by_name.chain(self.by_id.get(&table.id).into_iter().flatten()).copied().collect();
+    fn of(&self, id: TableId, name: &TableName) -> Vec<usize> {
+        let by_name = self.by_name.get(name).into_iter().flatten();
+        let mut rules: Vec<usize> = by_name.chain(self.by_id.get(&id).into_iter().flatten()).copied().collect();
         rules.sort_unstable();
         rules.dedup();
         rules

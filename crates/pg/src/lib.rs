@@ -2,6 +2,7 @@
 //!
 //! [`ConnectConfig`] and [`Pool`]: who connects, how often, over which TLS. [`Envelope`]: a transaction as somebody
 //! else's role. [`Sampler`]: which commits are visible right now. [`Catalog`]: types, columns and keys.
+//! [`table_marks`]: whether somebody redefined a table.
 //! Knows nothing of what the rooms ask for.
 
 mod catalog;
@@ -11,6 +12,7 @@ mod error;
 mod pool;
 mod quote;
 mod sampler;
+mod table_marks;
 
 pub use catalog::{Catalog, ColumnFacts, TableFacts, TaggedColumns};
 pub use connect::{ConnectConfig, ConnectError, TlsMode};
@@ -19,3 +21,4 @@ pub use error::PgError;
 pub use pool::{Lease, Pool};
 pub use quote::{quote_ident, quote_literal};
 pub use sampler::{Sample, Sampler};
+pub use table_marks::{TableMark, table_marks};

@@ -110,7 +110,8 @@ impl Keeper {
         let settled = self.core.progress.settled();
         let standing = self.core.standing.lock().clone();
         if let Some(standing) = standing {
-            let rules = self.core.tag_rules.with_fingerprint(&self.core.fingerprint.lock());
+            let fingerprint = self.core.fingerprint.lock().clone();
+            let rules = self.core.checkpoint_rules(&fingerprint).await;
             let keeping = self.core.cache.keeping();
             let beside = invalidation::beside(keeping.as_ref());
             let saved = checkpoint::save(&mut client, &self.core.clock, &beside, &standing, &rules, covered, settled).await?;
@@ -133,13 +134,14 @@ impl Keeper {
         Ok(client)
     }
 
-    /// What the stream does not tell: role memberships, functions, quiet tables.
+    /// What the stream does not tell: role memberships, functions, what happens to quiet tables.
     async fn rules(&mut self, client: &Client) -> Result<(), PgError> {
         let now = walcast_auth::rules_fingerprint(client).await?;
         let moved = std::mem::replace(&mut *self.core.fingerprint.lock(), now.clone()) != now;
         if moved {
             self.core.rules_moved(self.core.progress.read_to());
         }
+        self.core.look_at_tables(client, Lsn::ZERO).await?;
         self.core.look_at_tag_rules_again(client).await
     }
 }

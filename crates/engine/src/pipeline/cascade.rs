@@ -42,7 +42,8 @@ pub struct Cascades {
     pub(crate) resolved: Arc<Resolved>,
 }
 
-/// Commits whose cascades are not raised yet. Entered by the intake, in LSN order; left by whoever raised them.
+/// Commits that have still something to raise: cascades, or tables in doubt. Entered by the intake, in LSN order; left by
+/// whoever raised it.
 pub struct Holds {
     waiting: Mutex<VecDeque<(u64, Lsn)>>,
     next: std::sync::atomic::AtomicU64,
@@ -85,7 +86,7 @@ impl Holds {
     }
 
     /// Under the lock, so that a mark of the epoch before cannot be noted after [`Holds::forget`].
-    fn release(&self, ids: &HashSet<u64>, then: impl FnOnce()) {
+    pub(super) fn release(&self, ids: &HashSet<u64>, then: impl FnOnce()) {
         let mut waiting = self.waiting.lock();
         let before = waiting.len();
         waiting.retain(|(id, _)| !ids.contains(id));
@@ -108,7 +109,7 @@ impl Core {
         self.note_invalidated();
     }
 
-    fn note_invalidated(&self) {
+    pub(super) fn note_invalidated(&self) {
         let whole = self.cascades.at_most(self.progress.raised());
         self.progress.note_invalidated(whole);
         self.cache.note_invalidated(whole);

@@ -23,6 +23,7 @@ use crate::{
     invalidation::Hands,
     pipeline::{InFlight, Intake, acknowledge::rules_tag},
     progress::StreamState,
+    table_marks::Suspect,
 };
 
 /// Raised by every commit that changed rows: for policies whose reads cannot be told.
@@ -142,7 +143,8 @@ impl IntakeTask {
             return;
         }
         let xid = Xid::widen(commit.xid, self.core.progress.xmax());
-        self.invalidate(&commit, xid);
+        let suspects = self.invalidate(&commit, xid);
+        let suspects = self.core.suspect(commit.lsn, suspects);
         let cascades = self.core.raise_by_rules(&commit, xid);
         self.handled = commit.lsn;
         self.handled_end = commit.end_lsn;
@@ -163,11 +165,11 @@ impl IntakeTask {
             }
         };
         // The receiver ends only at shutdown.
-        let _ = self.to_settle.send(Intake::Commit(InFlight { commit: Arc::new(commit), xid, room, cascades })).await;
+        let _ = self.to_settle.send(Intake::Commit(InFlight { commit: Arc::new(commit), xid, room, cascades, suspects })).await;
     }
 
     /// Step 5: at once, in LSN order, before anybody can be told.
-    fn invalidate(&mut self, commit: &Commit, xid: Xid) {
+    fn invalidate(&mut self, commit: &Commit, xid: Xid) -> Vec<Suspect> {
         let stamp = Stamp { lsn: commit.lsn, xid };
         let clock = self.core.clock.clone();
         let touched = tags(commit);
@@ -184,32 +186,38 @@ impl IntakeTask {
                 clock.raise(Tag::everything().hash(), stamp);
                 let is_news = |table: &&Arc<Table>| self.known.get(&table.id).is_none_or(|known| **known != ***table);
                 let news: Vec<_> = tables.iter().filter(is_news).collect();
-                news.into_iter().for_each(|table| self.redefined(table, commit.lsn));
-                return;
+                return news.into_iter().filter_map(|table| self.described(table, commit.lsn, false)).collect();
             }
         };
-        for (_, item) in items {
+        let mut suspects = Vec::new();
+        for (at, (_, item)) in items.iter().enumerate() {
             match item {
                 Item::Change(_) => {}
-                Item::Redefined(table) => self.redefined(table, commit.lsn),
+                Item::Redefined(table) => {
+                    // A root is described with each of its partitions: with a new one, that is the reason.
+                    let with_another = matches!(items.get(at + 1), Some((_, Item::Redefined(next))) if !self.described.contains(&next.id));
+                    suspects.extend(self.described(table, commit.lsn, with_another));
+                }
                 Item::Message { prefix, content } if **prefix == *PREFIX => {
                     self.hands.hear(&self.core, content, stamp, commit.committed_at_us);
                 }
                 Item::Message { .. } => {}
             }
         }
+        suspects
     }
 
-    /// A repeated description means that the table, its policies or its privileges changed, and retires everything
-    /// that was derived from them. The first one in a connection says nothing of the kind.
-    fn redefined(&mut self, table: &Arc<Table>, lsn: Lsn) {
+    /// A description that differs retires at once everything that was derived from the table. One that does not may mean
+    /// that its rows, policies or privileges were changed, or nothing at all: whoever can ask the catalog finds out.
+    fn described(&mut self, table: &Arc<Table>, lsn: Lsn, with_another: bool) -> Option<Suspect> {
         let first_here = self.described.insert(table.id);
         let before = self.known.insert(table.id, table.clone());
         let same = before.as_ref().is_none_or(|before| **before == **table);
         let stamp = Stamp::unseen(lsn);
         if first_here && same {
             self.not_raised(table).into_iter().for_each(|tag| self.core.clock.raise(tag.hash(), stamp));
-        } else {
+        }
+        if !same {
             tracing::debug!(table = %table.name, "the table was redefined: its cached entries and rules retire");
             let tags = tags_of_table(table).into_iter().chain(before.iter().flat_map(|b| tags_of_table(b)));
             tags.for_each(|tag| self.core.clock.raise(tag, stamp));
@@ -217,6 +225,7 @@ impl IntakeTask {
         }
         self.core.queries.forget_plans_of(&table.name);
         self.core.tracked.lock().forget(&table.name);
+        same.then(|| Suspect { table: table.clone(), repeated: !first_here && !with_another })
     }
 
     /// What an entry may be narrowed by from before this first description, and no commit raises from here on: an
@@ -283,6 +292,7 @@ impl IntakeTask {
         if self.at_start.is_none() {
             self.at_start = Some(core.catalog.tagged_columns(&core.config.publication_cache).await?);
         }
+        core.look_at_tables(&control, identity.flushed).await?;
         let fingerprint = walcast_auth::rules_fingerprint(&control).await?;
         let sample = core.sampler.fresh().await?;
         core.progress.note_xmax(sample.snapshot.xmax);
@@ -293,7 +303,7 @@ impl IntakeTask {
             slot_name: &core.config.slot,
             slot: &slot,
             identity: &identity,
-            rules: &core.tag_rules.with_fingerprint(&fingerprint),
+            rules: &core.checkpoint_rules(&fingerprint).await,
             running: running.as_ref(),
             fresh_epoch,
         };

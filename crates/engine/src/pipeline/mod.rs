@@ -1,6 +1,7 @@
 //! What happens when a row changes, stage by stage:
 //!
 //! [`intake`]: read, assemble, invalidate at once. [`settle`]: wait until the commit is visible to everybody.
+//! [`suspects`]: ask whether a table that was described again was redefined, and invalidate it if so.
 //! [`cascade`]: invalidate what rules look up in the database, where there are such rules.
 //! [`announce`]: match, authorise, encode once, fan out. [`acknowledge`]: checkpoint, heartbeat, tell the slot.
 //!
@@ -11,6 +12,7 @@ pub mod announce;
 pub mod cascade;
 pub mod intake;
 pub mod settle;
+pub mod suspects;
 
 use std::sync::Arc;
 
@@ -25,6 +27,8 @@ pub struct InFlight {
     pub room: Option<OwnedSemaphorePermit>,
     /// What has still to be looked up and raised before anybody is told.
     pub cascades: Option<Box<cascade::Cascades>>,
+    /// Tables that it describes again, until it is known what that means.
+    pub suspects: Option<Box<suspects::Suspects>>,
 }
 
 /// What the settle stage hands on, in LSN order.

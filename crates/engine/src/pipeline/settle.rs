@@ -104,10 +104,11 @@ impl Queue {
 
     async fn take(&mut self, message: Intake, announce: &mpsc::Sender<Announcement>) {
         match message {
-            Intake::Commit(commit) => match &mut self.overrun {
+            Intake::Commit(mut commit) => match &mut self.overrun {
                 // Its rows are let go at once; only its place in the order is kept.
                 Some(overrun) => {
                     self.core.give_up_cascades(&commit);
+                    self.core.give_up_suspects(&mut commit);
                     overrun.waiting.push(commit.xid);
                     overrun.last = commit.commit.lsn;
                 }
@@ -160,26 +161,30 @@ impl Queue {
         if visible == 0 {
             return false;
         }
-        let settled: Vec<InFlight> = self.held.drain(..visible).collect();
+        let mut settled: Vec<InFlight> = self.held.drain(..visible).collect();
         self.bytes -= settled.iter().map(|commit| commit.commit.size_bytes).sum::<usize>();
         self.head_since = Instant::now();
         if let Some(last) = settled.last() {
             self.core.progress.note_settled(last.commit.lsn);
         }
+        self.core.judge(&mut settled).await;
         let _ = announce.send(Announcement::Commits(settled)).await;
         true
     }
 
     async fn bound(&mut self, announce: &mpsc::Sender<Announcement>) {
         let limits = &self.core.config.stream;
-        let Some(head) = self.held.front() else { return };
+        let Some((xid, lsn)) = self.held.front().map(|head| (head.xid, head.commit.lsn)) else { return };
         // Bytes alone say nothing: two large commits may arrive within the blink that one needs to become visible.
         let waited = self.head_since.elapsed();
+        if waited > BLINK {
+            // What is in doubt holds promises back, and this may take as long as a standby does.
+            self.held.iter_mut().for_each(|commit| self.core.give_up_suspects(commit));
+        }
         let too_much = self.bytes > limits.settle_bytes && waited > BLINK;
         if !too_much && waited <= limits.settle_timeout {
             return;
         }
-        let (xid, lsn) = (head.xid, head.commit.lsn);
         tracing::error!(
             %xid, %lsn, held_bytes = self.bytes,
             "a commit is streamed but not visible; is a synchronous standby away? Subscribers are told to resync"
