@@ -112,9 +112,10 @@ impl Core {
         for id in ids {
             let of_table = || suspects.iter().filter(|(_, suspect)| suspect.table.id == id);
             let (known, now) = (remembered.get_mut(&id), now.remove(&id));
-            let acquitted = known.as_ref().zip(now.as_ref()).is_some_and(|(known, now)| {
-                of_table().all(|(lsn, suspect)| known.acquits(now, suspect.repeated, *lsn, at))
-            });
+            let acquitted = known
+                .as_ref()
+                .zip(now.as_ref())
+                .is_some_and(|(known, now)| of_table().all(|(lsn, suspect)| known.acquits(now, suspect.repeated, *lsn, at)));
             if !acquitted {
                 let marks = [known.as_ref().map(|known| &known.mark), now.as_ref()];
                 self.table_moved(id, marks.into_iter().flatten(), &[Stamp::unseen(looked)]);

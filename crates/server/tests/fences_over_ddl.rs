@@ -10,7 +10,7 @@ use support::{
     DEADLINE, Server, migrate,
     reads::{By, Reads, Seen},
 };
-use walcast_testkit::{TestPostgres, wait};
+use walcast_testkit::{SseStream, TestPostgres, wait};
 
 const SCHEMA: &str = "create table pets (id bigint primary key, owner bigint not null, kind text not null, name text not null);
     alter table pets replica identity full;
@@ -278,7 +278,152 @@ async fn p3_and_p4_a_change_of_policy_or_privilege_retires_cached_answers_within
     house.server.stop().await
 }
 
+/// Vacuum and statistics make PostgreSQL describe a table again, just as a change of it would.
+#[tokio::test]
+async fn p4_vacuum_and_analyze_leave_the_entries_of_a_table_and_a_written_row_takes_its_own() -> Result<()> {
+    let house = House::open().await?;
+    house.postgres.execute("update pets set name = 'early' where id = 1").await?;
+    house.reads.heard().await?;
+    let key = |id: i64| format!("/cache/v1/pets/{id}");
+    for id in 1..=3 {
+        ensure!(house.reads.fill(&key(id), &format!("pets:id={id}"), async || Ok("x".into())).await? == "stored");
+    }
+    for (at, upkeep) in ["analyze pets", "vacuum pets", "vacuum analyze pets", "vacuum freeze pets"].into_iter().enumerate() {
+        house.postgres.execute(upkeep).await?;
+        house.postgres.execute(&format!("update pets set name = 'after {at}' where id = 1")).await?;
+        house.reads.heard().await?;
+        ensure!(!house.reads.get(&key(1)).await?.is_hit(), "after `{upkeep}` the written row's entry stayed");
+        for id in [2, 3] {
+            let seen = house.reads.get(&key(id)).await?;
+            ensure!(seen.is_fresh_hit(), "after `{upkeep}` the entry of another row fell: {seen:?}");
+        }
+        ensure!(house.reads.fill(&key(1), "pets:id=1", async || Ok("x".into())).await? == "stored");
+    }
+    // Rewritten as well, which maintenance does not excuse.
+    house.each("alter table pets alter name type text using name || '!'; analyze pets").await?;
+    house.postgres.execute("update pets set name = 'last' where id = 1").await?;
+    house.reads.heard().await?;
+    for id in [2, 3] {
+        ensure!(!house.reads.get(&key(id)).await?.is_hit(), "control: a rewritten table's entry stayed");
+    }
+    house.server.stop().await
+}
+
+/// What was made and dropped leaves no row in the catalog: nothing but the description tells it.
+#[tokio::test]
+async fn p4_what_was_changed_and_changed_back_between_two_looks_takes_the_entries_with_the_next_change() -> Result<()> {
+    for there_and_back in [
+        "create policy p on pets for select using (true); drop policy p on pets",
+        "create index i on pets (kind); drop index i",
+        "grant select on pets to public; revoke select on pets from public",
+        "grant select (kind) on pets to public; revoke select (kind) on pets from public",
+        "alter table pets alter name type text using name || '!'; alter table pets alter name type text using rtrim(name, '!')",
+    ] {
+        let house = House::open().await?;
+        // Described once already, so that the next description has a reason; and not for the first time.
+        house.postgres.execute("update pets set name = 'early' where id = 1").await?;
+        house.reads.heard().await?;
+        let key = "/cache/v1/pets/2";
+        ensure!(house.reads.fill(key, "pets:id=2", async || Ok("x".into())).await? == "stored");
+        house.postgres.execute("update pets set name = 'other' where id = 1").await?;
+        house.reads.heard().await?;
+        ensure!(house.reads.get(key).await?.is_fresh_hit(), "control: another row's change");
+        house.each(&format!("{there_and_back}; update pets set name = 'next' where id = 1")).await?;
+        house.reads.heard().await?;
+        ensure!(!house.reads.get(key).await?.is_hit(), "after `{there_and_back}`");
+        house.server.stop().await?;
+    }
+    Ok(())
+}
+
+/// Nothing in the stream tells that its rows are others now.
+#[tokio::test]
+async fn p4_entries_of_a_quiet_table_that_was_rewritten_fall_without_any_change_of_it() -> Result<()> {
+    for ddl in [
+        "alter table pets alter name type text using name || '!'",
+        "alter table pets add born date default current_date",
+        "alter publication walcast drop table pets",
+        "grant select on pets to public",
+    ] {
+        let house = House::open().await?;
+        let (key, query) = ("/cache/v1/pets/2", "/query/v1/pets?owner=1");
+        house.kept(&house.reads, query).await?;
+        ensure!(house.reads.fill(key, "pets:id=2", async || Ok("x".into())).await? == "stored");
+        house.postgres.execute(ddl).await?;
+        for path in [key, query] {
+            // Seen fresh from before it no longer; whatever is kept afterwards was read from the new table.
+            let gone = async || house.reads.get(path).await.is_ok_and(|seen| !seen.is_hit());
+            wait::until(DEADLINE, format!("`{ddl}` takes {path}"), gone).await?;
+        }
+        if !ddl.contains("publication") {
+            ensure!(house.kept(&house.reads, query).await?.json()? == house.truth(1).await?);
+        }
+        house.server.stop().await?;
+    }
+    Ok(())
+}
+
+/// A subscriber who reads again on an event must not meet what the table's own DDL has made old.
+#[tokio::test]
+async fn p4_ddl_of_a_table_takes_its_entries_before_the_next_event_is_told() -> Result<()> {
+    for (described, ddl) in [
+        (true, "alter table pets alter name type text using name || '!'"),
+        (false, "alter table pets alter name type text using name || '!'"),
+        (true, "create policy p on pets for select using (true)"),
+        (true, "grant select on pets to public"),
+        (false, "revoke select on pets from authenticated"),
+    ] {
+        let house = House::open().await?;
+        if described {
+            house.postgres.execute("update pets set name = 'early' where id = 1").await?;
+            house.reads.heard().await?;
+        }
+        let key = "/cache/v1/pets/2";
+        ensure!(house.reads.fill(key, "pets:id=2", async || Ok("x".into())).await? == "stored");
+        let token = house.server.token("service_role", None);
+        let mut events = SseStream::open(&format!("{}/sse/v1/changes?table=pets", house.server.url), Some(&token), None).await?;
+        events.next_where(|event| event.event == "live", DEADLINE).await?;
+        house.each(&format!("{ddl}; update pets set name = 'next' where id = 1")).await?;
+        events.next_where(|event| event.event == "change", DEADLINE).await?;
+        ensure!(!house.reads.get(key).await?.is_hit(), "after `{ddl}` (described: {described}) and its event");
+        house.server.stop().await?;
+    }
+    Ok(())
+}
+
+/// The process that comes back finds the table another one than the checkpoint's.
+#[tokio::test]
+async fn p4_a_table_that_was_rewritten_while_nobody_listened_leaves_no_entry_behind() -> Result<()> {
+    let house = House::open().await?;
+    let House { postgres, server, _queries, .. } = house;
+    let dir = _queries.path().to_string_lossy().into_owned();
+    let settings = [("WALCAST_QUERIES__DIR", dir.as_str())];
+    let key = "/cache/v1/pets/2";
+    let filled = Reads::service(&server).fill(key, "pets:id=2", async || Ok("x".into())).await?;
+    ensure!(filled == "stored", "{filled}");
+    let client = postgres.connect().await?;
+    let stored = "select from walcast.cache_entries where namespace = 'pets'";
+    wait::until(DEADLINE, "it is stored", async || client.query(stored, &[]).await.is_ok_and(|rows| !rows.is_empty())).await?;
+    let mut server = server;
+    for (between, stays) in [("vacuum analyze pets", true), ("alter table pets alter name type text using name || '!'", false)] {
+        server.stop().await?;
+        postgres.execute(between).await?;
+        server = Server::start(&postgres, &settings).await?;
+        let seen = Reads::service(&server).get(key).await?;
+        ensure!(seen.is_fresh_hit() == stays, "after `{between}` and a restart: {seen:?}");
+    }
+    server.stop().await
+}
+
 impl House {
+    /// Each statement commits by itself.
+    async fn each(&self, statements: &str) -> Result<()> {
+        for statement in statements.split("; ") {
+            self.postgres.execute(statement).await?;
+        }
+        Ok(())
+    }
+
     /// Asks until an answer with this body is kept.
     async fn kept_with(&self, reads: &Reads, path: &str, body: &str) -> Result<Seen> {
         wait::until_some(DEADLINE, format!("{path} is kept with {body}"), async || {

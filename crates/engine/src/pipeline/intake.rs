@@ -195,7 +195,8 @@ impl IntakeTask {
                 Item::Change(_) => {}
                 Item::Redefined(table) => {
                     // A root is described with each of its partitions: with a new one, that is the reason.
-                    let with_another = matches!(items.get(at + 1), Some((_, Item::Redefined(next))) if !self.described.contains(&next.id));
+                    let with_another =
+                        matches!(items.get(at + 1), Some((_, Item::Redefined(next))) if !self.described.contains(&next.id));
                     suspects.extend(self.described(table, commit.lsn, with_another));
                 }
                 Item::Message { prefix, content } if **prefix == *PREFIX => {
