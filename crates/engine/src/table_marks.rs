@@ -12,7 +12,7 @@ use std::{
 use tokio::sync::Mutex;
 use tokio_postgres::Client;
 use walcast_matcher::tags_of_table;
-use walcast_model::{Lsn, Stamp, Table, TableId, Tag, TagHash};
+use walcast_model::{Lsn, Stamp, Table, TableId, Tag, TagHash, Xid};
 use walcast_pg::{PgError, TableMark, table_marks};
 
 use crate::Core;
@@ -53,7 +53,7 @@ impl Known {
     fn acquits(&self, now: &TableMark, repeated: bool, lsn: Lsn, at: Instant) -> bool {
         let lately = self.explained_at.is_some_and(|then| at.saturating_duration_since(then) < EXPLAINS);
         let has_reason = !repeated || now.maintained > self.explained || lately;
-        self.mark.digest == now.digest && self.mark.name == now.name && self.raised <= lsn && has_reason
+        self.mark.is_of_the_same(now) && self.raised <= lsn && has_reason
     }
 
     fn look(&mut self, now: TableMark, raised: Option<Lsn>) {
@@ -72,22 +72,24 @@ impl Core {
     pub(crate) async fn look_at_tables(&self, client: &Client, written: Lsn) -> Result<(), PgError> {
         let mut remembered = self.table_marks.0.lock().await;
         let mut now = table_marks(client, &self.marked_publications(), None).await?;
-        // After the look: an answer that was settled up to more than this has seen what the look saw.
-        let stamp = Stamp::unseen(Lsn(self.progress.read_to().max(written).0 + 1));
         let Some(remembered) = remembered.as_mut() else {
             *remembered = Some(now.into_iter().map(|(id, mark)| (id, Known::new(mark))).collect());
             return Ok(());
         };
-        for id in remembered.keys().copied().chain(now.keys().copied()).collect::<HashSet<_>>() {
+        let same = |id: &TableId| {
+            let (before, now) = (remembered.get(id).map(|known| &known.mark), now.get(id));
+            before.zip(now).is_some_and(|(before, now)| before.is_of_the_same(now))
+        };
+        let all: HashSet<TableId> = remembered.keys().copied().chain(now.keys().copied()).collect();
+        let moved: Vec<TableId> = all.into_iter().filter(|id| !same(id)).collect();
+        if moved.is_empty() {
+            return Ok(());
+        }
+        let stamp = self.stamp_after_look(client, written).await;
+        for id in moved {
             let (before, now) = (remembered.get_mut(&id), now.remove(&id));
-            if let (Some(before), Some(now)) = (&before, &now)
-                && before.mark.digest == now.digest
-                && before.mark.name == now.name
-            {
-                continue;
-            }
             let marks = [before.as_ref().map(|known| &known.mark), now.as_ref()];
-            self.table_moved(id, marks.into_iter().flatten(), &[stamp]);
+            self.table_moved(id, marks.into_iter().flatten(), stamp);
             match (before, now) {
                 (Some(before), Some(now)) => before.look(now, Some(stamp.lsn)),
                 // Whether it stays away or comes back, what was streamed in between is not known.
@@ -105,23 +107,26 @@ impl Core {
         let ids: Vec<TableId> = ids.into_iter().collect();
         let mut remembered = self.table_marks.0.lock().await;
         let mut now = table_marks(client, &self.marked_publications(), Some(&ids)).await?;
-        // For those who were answered before the look, whatever was settled by then.
-        let looked = Lsn(self.progress.read_to().0 + 1);
         let remembered = remembered.get_or_insert_default();
         let at = Instant::now();
-        for id in ids {
-            let of_table = || suspects.iter().filter(|(_, suspect)| suspect.table.id == id);
+        let acquitted = |id: &TableId| {
+            let mut of_table = suspects.iter().filter(|(_, suspect)| suspect.table.id == *id);
+            let marks = remembered.get(id).zip(now.get(id));
+            marks.is_some_and(|(known, now)| of_table.all(|(lsn, suspect)| known.acquits(now, suspect.repeated, *lsn, at)))
+        };
+        let (ids, moved): (Vec<TableId>, Vec<TableId>) = ids.into_iter().partition(acquitted);
+        let stamp = if moved.is_empty() { None } else { Some(self.stamp_after_look(client, Lsn::ZERO).await) };
+        let judged = ids.into_iter().map(|id| (id, None)).chain(moved.into_iter().map(|id| (id, stamp)));
+        for (id, stamp) in judged {
             let (known, now) = (remembered.get_mut(&id), now.remove(&id));
-            let acquitted = known
-                .as_ref()
-                .zip(now.as_ref())
-                .is_some_and(|(known, now)| of_table().all(|(lsn, suspect)| known.acquits(now, suspect.repeated, *lsn, at)));
-            if !acquitted {
+            if let Some(stamp) = stamp {
                 let marks = [known.as_ref().map(|known| &known.mark), now.as_ref()];
-                self.table_moved(id, marks.into_iter().flatten(), &[Stamp::unseen(looked)]);
-                of_table().for_each(|(lsn, suspect)| self.retire_table(&suspect.table, &[*lsn, looked]));
+                self.table_moved(id, marks.into_iter().flatten(), stamp);
+                for (lsn, suspect) in suspects.iter().filter(|(_, suspect)| suspect.table.id == id) {
+                    self.retire_table(&suspect.table, [Stamp::unseen(*lsn), stamp]);
+                }
             }
-            let raised = (!acquitted).then_some(looked);
+            let raised = stamp.map(|stamp| stamp.lsn);
             match (known, now) {
                 (Some(known), Some(now)) => {
                     if now.maintained > known.explained {
@@ -131,22 +136,30 @@ impl Core {
                     known.explained = known.explained.min(now.maintained);
                     known.look(now, raised);
                 }
-                (None, Some(now)) => drop(remembered.insert(id, Known { raised: looked, ..Known::new(now) })),
+                (None, Some(now)) => drop(remembered.insert(id, Known { raised: raised.unwrap_or_default(), ..Known::new(now) })),
                 (_, None) => drop(remembered.remove(&id)),
             }
         }
         Ok(())
     }
 
+    /// Touches whoever was answered before a look that is over. By a transaction that begins only now: a snapshot that sees
+    /// it has seen what the look saw. Without it only W could clear the raise, and nothing of the table would be stored
+    /// until the next commit has settled. It writes nothing, so it waits for no standby.
+    async fn stamp_after_look(&self, client: &Client, written: Lsn) -> Stamp {
+        let asked = client.query_typed("select pg_current_xact_id()::text", &[]).await;
+        let xid = asked.ok().and_then(|rows| rows.first()?.get::<_, &str>(0).parse().ok()).map_or(Xid::NEVER, Xid);
+        // After the look: what was settled up to more than this was settled after it.
+        Stamp { lsn: Lsn(self.progress.read_to().max(written).0 + 1), xid }
+    }
+
     /// Everything that is known to hang on a table, whatever it is called now.
-    fn table_moved<'a>(&self, id: TableId, marks: impl Iterator<Item = &'a TableMark>, stamps: &[Stamp]) {
+    fn table_moved<'a>(&self, id: TableId, marks: impl Iterator<Item = &'a TableMark>, stamp: Stamp) {
         for mark in marks {
             tracing::info!(table = %mark.name, "the table was redefined: its cached entries and rules retire");
             let of_rules = self.tag_rules.resolved().rules.of_named(id, &mark.name);
-            for stamp in stamps {
-                tags(mark).for_each(|tag| self.clock.raise(tag, *stamp));
-                self.raise_rule_tags(of_rules.iter().copied(), *stamp);
-            }
+            tags(mark).for_each(|tag| self.clock.raise(tag, stamp));
+            self.raise_rule_tags(of_rules, stamp);
             self.queries.forget_plans_of(&mark.name);
             self.tracked.lock().forget(&mark.name);
         }
@@ -154,8 +167,8 @@ impl Core {
     }
 
     /// As the stream describes it.
-    pub(crate) fn retire_table(&self, table: &Arc<Table>, places: &[Lsn]) {
-        for stamp in places.iter().map(|lsn| Stamp::unseen(*lsn)) {
+    pub(crate) fn retire_table(&self, table: &Arc<Table>, stamps: [Stamp; 2]) {
+        for stamp in stamps {
             tags_of_table(table).into_iter().for_each(|tag| self.clock.raise(tag, stamp));
             self.raise_rules_of(std::iter::once(table), stamp);
         }

@@ -23,6 +23,12 @@ pub struct TableMark {
     pub maintained: i64,
 }
 
+impl TableMark {
+    pub fn is_of_the_same(&self, other: &TableMark) -> bool {
+        self.digest == other.digest && self.name == other.name
+    }
+}
+
 const DOING: &str = "comparing tables";
 
 /// A table with its partitions and children: who reads the one reads the others. Statistics of this moment, whatever the

@@ -186,7 +186,7 @@ impl IntakeTask {
                 clock.raise(Tag::everything().hash(), stamp);
                 let is_news = |table: &&Arc<Table>| self.known.get(&table.id).is_none_or(|known| **known != ***table);
                 let news: Vec<_> = tables.iter().filter(is_news).collect();
-                return news.into_iter().filter_map(|table| self.described(table, commit.lsn, false)).collect();
+                return news.into_iter().map(|table| self.described(table, commit.lsn, false)).collect();
             }
         };
         let mut suspects = Vec::new();
@@ -197,7 +197,7 @@ impl IntakeTask {
                     // A root is described with each of its partitions: with a new one, that is the reason.
                     let with_another =
                         matches!(items.get(at + 1), Some((_, Item::Redefined(next))) if !self.described.contains(&next.id));
-                    suspects.extend(self.described(table, commit.lsn, with_another));
+                    suspects.push(self.described(table, commit.lsn, with_another));
                 }
                 Item::Message { prefix, content } if **prefix == *PREFIX => {
                     self.hands.hear(&self.core, content, stamp, commit.committed_at_us);
@@ -209,8 +209,8 @@ impl IntakeTask {
     }
 
     /// A description that differs retires at once everything that was derived from the table. One that does not may mean
-    /// that its rows, policies or privileges were changed, or nothing at all: whoever can ask the catalog finds out.
-    fn described(&mut self, table: &Arc<Table>, lsn: Lsn, with_another: bool) -> Option<Suspect> {
+    /// that its rows, policies or privileges were changed, or nothing at all: whoever can ask the catalog finds out, of either.
+    fn described(&mut self, table: &Arc<Table>, lsn: Lsn, with_another: bool) -> Suspect {
         let first_here = self.described.insert(table.id);
         let before = self.known.insert(table.id, table.clone());
         let same = before.as_ref().is_none_or(|before| **before == **table);
@@ -226,7 +226,7 @@ impl IntakeTask {
         }
         self.core.queries.forget_plans_of(&table.name);
         self.core.tracked.lock().forget(&table.name);
-        same.then(|| Suspect { table: table.clone(), repeated: !first_here && !with_another })
+        Suspect { table: table.clone(), repeated: !first_here && !with_another }
     }
 
     /// What an entry may be narrowed by from before this first description, and no commit raises from here on: an

@@ -12,7 +12,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use tokio::time::timeout;
-use walcast_model::Lsn;
+use walcast_model::{Lsn, Stamp};
 
 use crate::{Core, pipeline::InFlight, table_marks::Suspect};
 
@@ -65,6 +65,6 @@ impl Core {
     }
 
     fn retire_suspect(&self, lsn: Lsn, suspect: &Suspect) {
-        self.retire_table(&suspect.table, &[lsn, Lsn(self.progress.read_to().0 + 1)]);
+        self.retire_table(&suspect.table, [lsn, Lsn(self.progress.read_to().0 + 1)].map(Stamp::unseen));
     }
 }
