@@ -9,7 +9,7 @@ use axum::{
     Json,
     body::Body,
     extract::{Path, State, rejection::PathRejection},
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -23,7 +23,7 @@ use walcast_engine::{
 };
 
 use super::{POSITION, freshness, header_value, now_ms, put_refused, whole};
-use crate::http::{App, identity::Caller, refusal::Refusal};
+use crate::http::{App, identity::Caller, pages, refusal::Refusal};
 
 /// Keys of one request.
 const MOST_KEYS: usize = 256;
@@ -71,8 +71,9 @@ pub async fn post(
     let unreadable = |error| Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}"));
     let Path((namespace, what)) = path.map_err(unreadable)?;
     if !matches!(what.as_str(), "mget" | "mset") {
-        return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "a key takes GET, HEAD, PUT and DELETE")
-            .hint("POST is for /cache/v1/{namespace}/mget and mset"));
+        let refusal = Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "a key takes GET, HEAD, PUT and DELETE")
+            .hint("POST is for /cache/v1/{namespace}/mget and mset");
+        return Ok(([(header::ALLOW, OF_KEYS)], refusal).into_response());
     }
     let right = if what == "mget" { Right::Read } else { Right::Write };
     app.engine.may_use_namespace(&claims, right, &namespace)?;
@@ -80,6 +81,16 @@ pub async fn post(
     let body = read(&app, body).await?;
     let keys = Keys { app: &app, claims: &claims, right, namespace: &namespace };
     if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &body).await }
+}
+
+/// What a key takes, though the router sends POST here for each.
+const OF_KEYS: &str = "GET, HEAD, PUT, DELETE";
+
+/// Any other method: the router alone would say that every key takes POST.
+pub async fn method_not_allowed(method: Method, uri: Uri) -> Response {
+    let is_batch = ["/mget", "/mset"].iter().any(|end| uri.path().ends_with(end));
+    let allow = if is_batch { "GET, HEAD, POST, PUT, DELETE" } else { OF_KEYS };
+    ([(header::ALLOW, allow)], pages::method_not_allowed(method, uri).await).into_response()
 }
 
 /// Makes the caller's keys.

@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use walcast_engine::{
     InvalidateError, Invalidation, NamespaceError, Right, What,
@@ -23,12 +23,17 @@ use crate::http::{App, identity::Caller, refusal::Refusal};
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Asked {
+    #[serde(default, deserialize_with = "given")]
     namespace: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     keys: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "given")]
     tags: Option<Vec<String>>,
-    #[serde(rename = "match")]
+    #[serde(default, deserialize_with = "given", rename = "match")]
     matching: Option<Matching>,
+    #[serde(default, deserialize_with = "given")]
     pattern: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     table: Option<String>,
     #[serde(default)]
     everything: bool,
@@ -36,6 +41,11 @@ struct Asked {
     soft: bool,
     #[serde(default)]
     dry_run: bool,
+}
+
+/// Null is not the same as absent: a namespace that somebody forgot to fill in would reach into every one.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(json: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(json).map(Some)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
