@@ -43,7 +43,9 @@ async fn clinic(files: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<(Te
 #[tokio::test]
 async fn a_page_of_another_origin_is_told_beforehand_that_it_may_send_its_token() -> Result<()> {
     let (_postgres, _dir, server) = clinic(&[], &[]).await?;
-    for (method, path) in [("GET", "/query/v1/prices"), ("POST", "/query/v1"), ("PUT", "/cache/v1/n/k"), ("GET", "/sse/v1/changes")] {
+    for (method, path) in
+        [("GET", "/query/v1/prices"), ("POST", "/query/v1"), ("PUT", "/cache/v1/n/k"), ("GET", "/sse/v1/changes")]
+    {
         let preflight = reqwest::Client::new()
             .request(reqwest::Method::OPTIONS, format!("{}{path}", server.url))
             .header("origin", "https://app.example")
