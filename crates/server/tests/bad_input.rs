@@ -202,6 +202,7 @@ async fn keys_headers_and_bodies_that_cannot_be_are_refused_one_by_one() -> Resu
         ("{", "bad_body"),
         ("", "bad_body"),
         ("[]", "bad_body"),
+        ("[\"n\", [\"k\"]]", "bad_body"),
         ("{\"tag\": [\"x\"]}", "bad_body"),
         ("{\"tags\": \"x\"}", "bad_body"),
         ("{\"tags\": [\"x\"], \"namespace\": null}", "bad_body"),

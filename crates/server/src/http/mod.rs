@@ -7,6 +7,7 @@ pub mod admin;
 pub mod cache;
 pub mod health;
 pub mod identity;
+mod object;
 pub mod openapi;
 pub mod pages;
 pub mod query;

@@ -23,7 +23,7 @@ use walcast_engine::{
 };
 
 use super::{POSITION, freshness, header_value, now_ms, put_refused, whole};
-use crate::http::{App, identity::Caller, pages, refusal::Refusal};
+use crate::http::{App, identity::Caller, object, pages, refusal::Refusal};
 
 /// Keys of one request.
 const MOST_KEYS: usize = 256;
@@ -109,7 +109,7 @@ impl Keys<'_> {
 
 async fn mget(of: &Keys<'_>, headers: &HeaderMap, body: &[u8]) -> Result<Response, Refusal> {
     let app = of.app;
-    let asked: Mget = serde_json::from_slice(body).map_err(|error| bad_body(&error, "{\"keys\": [\"a\", \"b\"]}"))?;
+    let asked: Mget = object::read(body).map_err(|error| bad_body(&error, "{\"keys\": [\"a\", \"b\"]}"))?;
     few(asked.keys.len())?;
     let keys: Vec<CacheKey> = asked.keys.iter().map(|key| of.key(key)).collect::<Result<_, _>>()?;
     let position = app.engine.position();
@@ -228,7 +228,7 @@ struct Outcome {
 
 async fn mset(of: &Keys<'_>, body: &[u8]) -> Result<Response, Refusal> {
     let example = "{\"entries\": [{\"key\": \"a\", \"value\": {}, \"ticket\": \"…\"}]}";
-    let asked: Mset<'_> = serde_json::from_slice(body).map_err(|error| bad_body(&error, example))?;
+    let asked: Mset<'_> = object::read(body).map_err(|error| bad_body(&error, example))?;
     few(asked.entries.len())?;
     let position = of.app.engine.position();
     let results: Vec<Outcome> = join_all(asked.entries.iter().map(|raw| put(of, raw))).await;
@@ -243,10 +243,10 @@ async fn put(of: &Keys<'_>, raw: &RawValue) -> Outcome {
         reason: Some(refusal.0.code.clone()),
         detail: Some(refusal.0.title.clone()),
     };
-    let new: New<'_> = match serde_json::from_str(raw.get()) {
+    let new: New<'_> = match object::read(raw.get().as_bytes()) {
         Ok(new) => new,
         Err(error) => {
-            let key = serde_json::from_str(raw.get()).ok().map(|keyed: Keyed| keyed.key);
+            let key = object::read(raw.get().as_bytes()).ok().map(|keyed: Keyed| keyed.key);
             return refused(key, bad_entry(format!("the entry cannot be read: {error}")));
         }
     };

@@ -18,7 +18,7 @@ use walcast_engine::{
 };
 
 use super::{POSITION, header_value};
-use crate::http::{App, identity::Caller, refusal::Refusal};
+use crate::http::{App, identity::Caller, object, refusal::Refusal};
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -59,10 +59,7 @@ const EXAMPLES: &str = "send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"
                         {\"table\": \"patients\"}, {\"namespace\": \"n\"} or {\"everything\": true}";
 
 pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
-    let asked: Asked = serde_json::from_slice(&body).map_err(|error| {
-        let why = error.to_string().replace("struct Asked", "an object with namespace, keys, tags, pattern, table or everything");
-        wrong("bad_body", format!("the body cannot be read: {why}"))
-    })?;
+    let asked: Asked = object::read(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
     let invalidation = understood(&app, &claims, &asked)?;
     if asked.dry_run { surveyed(&app, &invalidation).await } else { invalidated(&app, &invalidation).await }
 }
