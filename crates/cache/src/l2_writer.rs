@@ -1,11 +1,12 @@
 //! The one task that writes values to the cache table, in batches.
 //!
 //! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush. It never writes
-//! with a synchronous commit (a dead standby must not stop the cache) and never tries a batch twice: a cache may forget.
+//! with a synchronous commit (a dead standby must not stop the cache) and never tries a value twice: a cache may forget.
+//! A row that somebody's transaction holds costs the others of its batch a short wait, and is dropped alone.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, LazyLock, atomic::Ordering},
     time::Instant,
 };
 
@@ -37,19 +38,25 @@ const MEASURED_AFTER: u64 = 16;
 const BEGIN: &str = "begin; set local synchronous_commit = off; set local lock_timeout = 200";
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 
+const VALUES: &str = "
+v as (
+  select * from unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::text[], $7::text[], $8::int8[], $9::text[],
+                       $10::int8[], $11::text[], $12::int8[], $13::int8[], $14::text[], $15::int8[], $16::bool[])
+    as v (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag,
+          stale_until, negative))";
+
 /// Never back: a row gives way only to a fence that is not older, or if it is of another epoch and so unreachable.
 /// Equal fences give way too, for then the later store is the newer one.
-const UPSERT: &str = "
+fn upsert(from: &str) -> String {
+    format!(
+        "
 insert into walcast.cache_entries as c
   (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag,
    stale_until, negative)
 select hash, namespace, key, value, content_type, string_to_array(tags, E'\\n'), epoch, floor, settled::pg_lsn, snapshot_xmax, snapshot,
        to_timestamp(stored_at / 1000.0), to_timestamp(expires_at / 1000.0), etag,
        to_timestamp(stale_until / 1000.0), negative
-from unnest($1::bytea[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::text[], $7::text[], $8::int8[], $9::text[],
-            $10::int8[], $11::text[], $12::int8[], $13::int8[], $14::text[], $15::int8[], $16::bool[])
-  as v (hash, namespace, key, value, content_type, tags, epoch, floor, settled, snapshot_xmax, snapshot, stored_at, expires_at, etag,
-        stale_until, negative)
+from {from}
 order by hash
 on conflict (hash) do update set
   namespace = excluded.namespace, key = excluded.key, value = excluded.value, content_type = excluded.content_type,
@@ -57,7 +64,32 @@ on conflict (hash) do update set
   snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag,
   stale_until = excluded.stale_until, negative = excluded.negative
 where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
-returning 1";
+returning 1"
+    )
+}
+
+/// Answers how many were written, and how many were left.
+static UPSERT: LazyLock<String> =
+    LazyLock::new(|| format!("with {VALUES}, written as ({}) select (select count(*) from written), 0::bigint", upsert("v")));
+
+/// The same past rows that somebody's transaction holds: one that is there, by its lock; one that is only being made by
+/// `walcast.cache_set`, which nobody sees yet, by the advisory lock that it takes first.
+static UPSERT_AROUND_HELD: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "
+with {VALUES},
+nobodys as materialized (
+  select hash from v where pg_try_advisory_xact_lock(hashtextextended(('walcast/' || namespace || '/' || key) collate \"C\", 3))),
+ours as materialized (
+  select c.hash from walcast.cache_entries c where c.hash = any($1) order by c.hash for update skip locked),
+free as materialized (
+  select v.* from v join nobodys using (hash)
+  where hash in (select hash from ours) or not exists (select from walcast.cache_entries c where c.hash = v.hash)),
+written as ({})
+select (select count(*) from written), (select count(*) from v) - (select count(*) from free)",
+        upsert("free")
+    )
+});
 
 pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
     let mut next = jobs.recv().await;
@@ -111,7 +143,7 @@ impl Table {
         let result = work.await;
         match &result {
             Ok(_) => drop(leave.succeeded()),
-            // Somebody's transaction holds a row that it set from SQL. That says nothing about the table: no verdict.
+            // Somebody's transaction holds what we would write. That says nothing about the table: no verdict.
             Err(error) if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) => self.stats.l2_errors.add(1),
             Err(error) => {
                 self.stats.l2_errors.add(1);
@@ -180,7 +212,15 @@ impl Table {
             (&stale_until, Type::INT8_ARRAY),
             (&negative, Type::BOOL_ARRAY),
         ];
-        Ok(self.transaction(UPSERT, &parameters).await?.len() as u64)
+        let answer = match self.transaction(&UPSERT, &parameters).await {
+            Err(error) if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) => {
+                self.transaction(&UPSERT_AROUND_HELD, &parameters).await?
+            }
+            answer => answer?,
+        };
+        let count = |column: usize| answer.first().map_or(0, |row| row.get::<_, i64>(column) as u64);
+        self.stats.l2_dropped.add(count(1));
+        Ok(count(0))
     }
 
     /// Values may come faster than upkeep looks: it is called when much was written.

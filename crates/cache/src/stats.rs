@@ -76,7 +76,7 @@ pub struct Stats {
     pub l2_errors: Counter,
     /// Reads and writes that the open breaker spared.
     pub l2_skipped: Counter,
-    /// Writes that found the queue full.
+    /// Writes that found the queue full, or their row in the hands of somebody's open transaction.
     pub l2_dropped: Counter,
     pub l2_written: Counter,
     l2_cleaned_rows: [Counter; Reason::ALL.len()],

@@ -156,11 +156,22 @@ async fn keys_headers_and_bodies_that_cannot_be_are_refused_one_by_one() -> Resu
 
     refused("a max-age of words", put(&good).header("cache-control", "max-age=soon"), 400, "bad_max_age").await?;
     refused("a negative max-age", put(&good).header("cache-control", "max-age=-1"), 400, "bad_max_age").await?;
+    for control in ["max-age", "max-age=+5", "no-store, Max-Age=0.5", "max-age=5, max-age=6"] {
+        refused(control, put(&good).header("cache-control", control), 400, "bad_max_age").await?;
+    }
+    // In any case of letters, and above 30 days: not read past.
+    refused("another case", put(&good).header("cache-control", "Max-Age=2592001"), 400, "ttl_out_of_range").await?;
+    refused("a bad transaction beside a ticket", put(&good).header("walcast-written", "x"), 400, "bad_transaction_id").await?;
+    refused("an ETag with a space", put(&good).header("if-match", "\"a b\""), 400, "bad_precondition").await?;
+    let both = put(&good).header("if-match", "*").header("if-none-match", "*");
+    refused("something is there and nothing is", both, 412, "precondition_failed").await?;
+    let post = http.post(at("n/k")).bearer_auth(&service).send().await?;
+    ensure!(post.status() == 405 && post.headers()["allow"] == "GET, HEAD, PUT, DELETE", "{post:?}");
     refused("a tag with a control character", put(&good).header("cache-tag", "a\tb"), 400, "bad_tag").await?;
     refused("an endless tag", put(&good).header("cache-tag", "t".repeat(5000)), 400, "bad_tag").await?;
     // Taken for none, the value would be kept without its tags, and the read answered without its freshness.
     let bytes = || reqwest::header::HeaderValue::from_bytes(b"notes:id=\xc3\xa9").unwrap();
-    for name in ["cache-tag", "walcast-written", "content-type"] {
+    for name in ["cache-tag", "cache-control", "walcast-written", "content-type"] {
         refused(name, put(&good).header(name, bytes()), 400, "bad_header").await?;
     }
     let get = |value| http.get(at("n/k")).bearer_auth(&service).header("walcast-at-least", value);
@@ -191,8 +202,12 @@ async fn keys_headers_and_bodies_that_cannot_be_are_refused_one_by_one() -> Resu
         ("{", "bad_body"),
         ("", "bad_body"),
         ("[]", "bad_body"),
+        ("[\"n\", [\"k\"]]", "bad_body"),
         ("{\"tag\": [\"x\"]}", "bad_body"),
         ("{\"tags\": \"x\"}", "bad_body"),
+        ("{\"tags\": [\"x\"], \"namespace\": null}", "bad_body"),
+        ("{\"tags\": [\"x\"], \"keys\": null}", "bad_body"),
+        ("{\"tags\": null}", "bad_body"),
         ("{}", "nothing_named"),
         ("{\"keys\": [\"k\"]}", "namespace_required"),
         ("{\"namespace\": \"a b\"}", "bad_namespace"),

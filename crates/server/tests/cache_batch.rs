@@ -134,6 +134,7 @@ async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() ->
             { "key": "large", "value": "x".repeat(70_000), "ticket": house.ticket("large").await? },
             { "key": "unknown", "value": 1, "colour": "red" },
             { "value": 1 },
+            ["key", 1],
             7
         ]))
         .await?;
@@ -153,6 +154,7 @@ async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() ->
         "bad_entry",
         "bad_entry",
         "bad_entry",
+        "bad_entry",
     ];
     ensure!(told == expected, "{told:?}");
 
@@ -160,6 +162,7 @@ async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() ->
     for (path, body, status, code) in [
         ("n/mget", "", 400, "bad_body"),
         ("n/mget", "{\"keys\": 1}", 400, "bad_body"),
+        ("n/mget", "[[\"a\"]]", 400, "bad_body"),
         ("n/mget", "{\"keys\": [], \"more\": 1}", 400, "bad_body"),
         ("n/mget", "{\"keys\": []}", 400, "nothing_named"),
         ("n/mget", "{\"keys\": [\"\"]}", 400, "bad_key"),

@@ -18,7 +18,8 @@ use anyhow::{Context, Result, ensure};
 use futures_util::future::try_join_all;
 use serde_json::Value;
 use support::{
-    DEADLINE, SERVE_ROLE, Server, migrate,
+    DEADLINE, SERVE_ROLE, Server, drop_slot, migrate,
+    queries::QueryDir,
     reads::{By, Reads, Seen},
 };
 use tokio::{process::Command, task::JoinHandle};
@@ -31,22 +32,21 @@ const SCHEMA: &str = "create table items (id bigint primary key, version bigint 
     insert into items select i, 1 from generate_series(1, 200) i;
     grant select on items to service_role;";
 
-const ITEM: &str = "-- name: item\n-- param: id bigint\nselect id, version from items where id = $1\n";
+const ITEM: &str = "-- param: id bigint\nselect id, version from items where id = $1\n";
 
 struct Scene {
     postgres: TestPostgres,
     server: Server,
     proxy: Proxy,
     reads: Reads,
-    _queries: tempfile::TempDir,
+    _queries: QueryDir,
 }
 
 async fn scene() -> Result<Scene> {
     let postgres = TestPostgres::start().await?;
     migrate(&postgres, SCHEMA, &["items"]).await?;
-    let queries = tempfile::tempdir()?;
-    std::fs::write(queries.path().join("item.sql"), ITEM)?;
-    let dir = queries.path().to_string_lossy().into_owned();
+    let queries = QueryDir::new(&[("item", ITEM)])?;
+    let dir = queries.setting();
     let proxy = Proxy::to(postgres.port()).await?;
     let url = format!("postgres://{SERVE_ROLE}@127.0.0.1:{}/postgres", proxy.port());
     let budget = BUDGET.to_string();
@@ -54,6 +54,13 @@ async fn scene() -> Result<Scene> {
     let server = Server::start_at(&url, &settings).await?;
     let reads = Reads::service(&server);
     Ok(Scene { postgres, server, proxy, reads, _queries: queries })
+}
+
+async fn under_load() -> Result<(Scene, Busy)> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    Ok((scene, busy))
 }
 
 fn by_key(id: i64) -> String {
@@ -111,14 +118,7 @@ impl Busy {
             }
             Ok(())
         }));
-        let (direct, stop, most) = (scene.postgres.url(), over.clone(), most_connections.clone());
-        tasks.push(tokio::spawn(async move {
-            while !stop.load(Ordering::Acquire) {
-                let _ = tokio::time::timeout(Duration::from_secs(2), count_connections(&direct, &stop, &most)).await;
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-            Ok(())
-        }));
+        tasks.push(counting(scene.postgres.url(), over.clone(), most_connections.clone()));
         Busy { over, tasks, most_connections, answered, hits }
     }
 
@@ -128,11 +128,25 @@ impl Busy {
             task.await??;
         }
         ensure!(self.answered.load(Ordering::Relaxed) > 100 && self.hits.load(Ordering::Relaxed) > 10, "the readers idled");
-        let most = self.most_connections.load(Ordering::Relaxed) as i64;
-        ensure!(most > 3, "the counter saw nothing: {most}");
-        ensure!(most <= BUDGET, "P8: {most} connections of a budget of {BUDGET}");
-        Ok(())
+        within_budget(self.most_connections.load(Ordering::Relaxed) as i64)
     }
+}
+
+fn within_budget(most: i64) -> Result<()> {
+    ensure!(most > 3, "the counter saw nothing: {most}");
+    ensure!(most <= BUDGET, "P8: {most} connections of a budget of {BUDGET}");
+    Ok(())
+}
+
+/// Also while PostgreSQL comes and goes.
+fn counting(url: String, stop: Arc<AtomicBool>, most: Arc<AtomicU64>) -> JoinHandle<Result<()>> {
+    tokio::spawn(async move {
+        while !stop.load(Ordering::Acquire) {
+            let _ = tokio::time::timeout(Duration::from_secs(2), count_connections(&url, &stop, &most)).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    })
 }
 
 async fn run(url: &str, sql: &str) -> Result<()> {
@@ -201,6 +215,12 @@ impl Scene {
         try_join_all((1..=ITEMS).map(read)).await.map(drop)
     }
 
+    async fn ends_well(self, busy: Busy) -> Result<()> {
+        busy.end().await?;
+        self.all_is_fresh().await?;
+        self.server.stop().await
+    }
+
     /// With the writer gone: what is answered as fresh is what stands in the table, now and from now on.
     async fn all_is_fresh(&self) -> Result<()> {
         self.server.wait_ready(true).await?;
@@ -248,9 +268,7 @@ async fn signal(name: &str, pids: &[i32]) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p5_p6_p8_postgresql_is_killed_under_load_and_comes_back() -> Result<()> {
-    let scene = scene().await?;
-    scene.fill_all().await?;
-    let busy = Busy::start(&scene);
+    let (scene, busy) = under_load().await?;
     for _ in 0..2 {
         scene.postgres.kill9().await?;
         scene.server.wait_ready(false).await?;
@@ -261,16 +279,12 @@ async fn p5_p6_p8_postgresql_is_killed_under_load_and_comes_back() -> Result<()>
         scene.herd().await?;
         scene.fill_all().await?;
     }
-    busy.end().await?;
-    scene.all_is_fresh().await?;
-    scene.server.stop().await
+    scene.ends_well(busy).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p5_p6_p8_the_network_falls_silent_under_load() -> Result<()> {
-    let scene = scene().await?;
-    scene.fill_all().await?;
-    let busy = Busy::start(&scene);
+    let (scene, busy) = under_load().await?;
     scene.proxy.pause();
     scene.server.wait_ready(false).await?;
     wait::until(DEADLINE, "the second tier is left alone", async || {
@@ -296,16 +310,12 @@ async fn p5_p6_p8_the_network_falls_silent_under_load() -> Result<()> {
     .await?;
     let seen = scene.reads.get(&by_key(1)).await?;
     ensure!(!seen.cache_status.contains("l2=away"), "{seen:?}");
-    busy.end().await?;
-    scene.all_is_fresh().await?;
-    scene.server.stop().await
+    scene.ends_well(busy).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p5_p6_p8_the_backends_of_postgresql_hang_under_load() -> Result<()> {
-    let scene = scene().await?;
-    scene.fill_all().await?;
-    let busy = Busy::start(&scene);
+    let (scene, busy) = under_load().await?;
     let hung = scene.backends().await?;
     signal("-STOP", &hung).await?;
     let outcome = async {
@@ -318,26 +328,14 @@ async fn p5_p6_p8_the_backends_of_postgresql_hang_under_load() -> Result<()> {
     scene.herd().await?;
     scene.server.wait_ready(true).await?;
     scene.herd().await?;
-    busy.end().await?;
-    scene.all_is_fresh().await?;
-    scene.server.stop().await
+    scene.ends_well(busy).await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn p5_p6_p8_the_slot_is_dropped_under_load() -> Result<()> {
-    let scene = scene().await?;
-    scene.fill_all().await?;
-    let busy = Busy::start(&scene);
+    let (scene, busy) = under_load().await?;
     let before = scene.reads.get(&by_key(1)).await?.position;
-    let sql = "do $$ begin loop
-            begin
-                perform pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'walcast' and active_pid is not null;
-                perform pg_drop_replication_slot('walcast');
-                exit;
-            exception when object_in_use then perform pg_sleep(0.001);
-            end;
-        end loop; end $$";
-    scene.postgres.execute(sql).await?;
+    drop_slot(&scene.postgres).await?;
     scene.herd().await?;
     wait::until(DEADLINE, "a new epoch begins", async || {
         let epoch = |position: &str| position.split('/').next().map(str::to_owned);
@@ -347,7 +345,26 @@ async fn p5_p6_p8_the_slot_is_dropped_under_load() -> Result<()> {
     scene.server.wait_ready(true).await?;
     scene.herd().await?;
     scene.fill_all().await?;
-    busy.end().await?;
-    scene.all_is_fresh().await?;
+    scene.ends_well(busy).await
+}
+
+/// Control of every test above: somebody else takes more connections as the server's role, for a moment and under load.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p8_one_connection_above_the_budget_would_be_counted() -> Result<()> {
+    let (scene, busy) = under_load().await?;
+    let most = busy.most_connections.clone();
+    wait::until(DEADLINE, "the server's own are counted", async || within_budget(most.load(Ordering::Relaxed) as i64).is_ok())
+        .await?;
+    let url = scene.postgres.url_as(SERVE_ROLE, "postgres");
+    let mut excess = Vec::new();
+    for _ in 0..=BUDGET {
+        let (client, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
+        tokio::spawn(connection);
+        excess.push(client);
+    }
+    wait::until(DEADLINE, "the excess is counted", async || most.load(Ordering::Relaxed) as i64 > BUDGET).await?;
+    drop(excess);
+    let error = busy.end().await.err().context("an excess that nobody complains of")?;
+    ensure!(error.to_string().contains("P8"), "{error}");
     scene.server.stop().await
 }

@@ -9,9 +9,11 @@ use anyhow::{Result, ensure};
 use serde_json::json;
 use support::{
     DEADLINE, Server, migrate,
+    queries::QueryDir,
     reads::{By, Reads},
+    unseen::{Unseen, standby_never_answers},
 };
-use tokio_postgres::{Client, NoTls};
+use tokio_postgres::Client;
 use walcast_testkit::{SseStream, TestPostgres, wait};
 
 const SCHEMA: &str = "create table items (id bigint primary key, version bigint not null);
@@ -21,10 +23,9 @@ const SCHEMA: &str = "create table items (id bigint primary key, version bigint 
     create table lists (id bigint primary key);
     grant select on items, gate, lists to service_role;";
 
-const ITEM: &str = "-- name: item\n-- param: id bigint\nselect id, version from items where id = $1\n";
+const ITEM: &str = "-- param: id bigint\nselect id, version from items where id = $1\n";
 /// Cannot be answered while somebody holds the gate; by then its snapshot has been taken.
-const GATED: &str =
-    "-- name: gated\n-- param: id bigint\nselect i.id, i.version from items i, gate g where i.id = $1 and g.open\n";
+const GATED: &str = "-- param: id bigint\nselect i.id, i.version from items i, gate g where i.id = $1 and g.open\n";
 
 const AT_THE_GATE: &str = "select 1 from pg_locks where relation = 'gate'::regclass and not granted";
 
@@ -32,41 +33,17 @@ struct House {
     postgres: TestPostgres,
     server: Server,
     reads: Reads,
-    _queries: tempfile::TempDir,
+    _queries: QueryDir,
 }
 
 impl House {
     async fn open() -> Result<House> {
         let postgres = TestPostgres::start().await?;
         migrate(&postgres, SCHEMA, &["items"]).await?;
-        let queries = tempfile::tempdir()?;
-        std::fs::write(queries.path().join("item.sql"), ITEM)?;
-        std::fs::write(queries.path().join("gated.sql"), GATED)?;
-        let dir = queries.path().to_string_lossy().into_owned();
-        let server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &dir)]).await?;
+        let queries = QueryDir::new(&[("item", ITEM), ("gated", GATED)])?;
+        let server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &queries.setting())]).await?;
         let reads = Reads::service(&server);
         Ok(House { postgres, server, reads, _queries: queries })
-    }
-
-    /// From here on a commit with synchronous_commit = on waits until [`Waiting::settle`].
-    async fn standby_never_answers(&self) -> Result<()> {
-        self.postgres.execute("alter system set synchronous_standby_names = 'nobody'").await?;
-        self.postgres.execute("set synchronous_commit = local; select pg_reload_conf()").await
-    }
-
-    /// Commits and does not return: the commit is in the WAL and nobody can see it.
-    async fn commit_unseen(&self, sql: &str) -> Result<Waiting> {
-        let client = self.postgres.connect().await?;
-        let cancel = client.cancel_token();
-        let sql = sql.to_owned();
-        let task = tokio::spawn(async move { client.batch_execute(&sql).await });
-        let looker = self.local().await?;
-        wait::until(DEADLINE, "the commit waits for its standby", async || {
-            let sql = "select 1 from pg_stat_activity where wait_event = 'SyncRep'";
-            looker.query(sql, &[]).await.is_ok_and(|rows| rows.len() == 1)
-        })
-        .await?;
-        Ok(Waiting { cancel, task })
     }
 
     /// Its own commits wait for nobody.
@@ -92,19 +69,6 @@ impl House {
     }
 }
 
-struct Waiting {
-    cancel: tokio_postgres::CancelToken,
-    task: tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>,
-}
-
-impl Waiting {
-    /// Ends the wait, not the commit.
-    async fn settle(self) -> Result<()> {
-        self.cancel.cancel_query(NoTls).await?;
-        Ok(self.task.await??)
-    }
-}
-
 fn key(id: i64) -> String {
     format!("/cache/v1/items/{id}")
 }
@@ -117,11 +81,11 @@ fn version(seen: &support::reads::Seen) -> Result<i64> {
 #[tokio::test]
 async fn p5_a_fill_that_read_while_a_commit_was_streamed_but_invisible_is_never_fresh_afterwards() -> Result<()> {
     let house = House::open().await?;
-    house.standby_never_answers().await?;
+    standby_never_answers(&house.postgres).await?;
     ensure!(house.fill(1).await? == "stored");
     // Filled before the commit, and a ticket from before it.
     let early = house.reads.get(&key(2)).await?;
-    let waiting = house.commit_unseen("update items set version = 2 where id in (1, 2, 3)").await?;
+    let waiting = Unseen::commit(&house.postgres, "update items set version = 2 where id in (1, 2, 3)").await?;
     house.reads.heard().await?;
 
     // Control: the window is real. Whoever reads now gets the old row, though the commit has been heard.
@@ -157,9 +121,9 @@ async fn p5_a_fill_that_read_while_a_commit_was_streamed_but_invisible_is_never_
 #[tokio::test]
 async fn p4_nobody_is_told_of_a_commit_before_a_reader_can_find_it() -> Result<()> {
     let house = House::open().await?;
-    house.standby_never_answers().await?;
+    standby_never_answers(&house.postgres).await?;
     let mut events = house.listen().await?;
-    let waiting = house.commit_unseen("update items set version = 2 where id = 1").await?;
+    let waiting = Unseen::commit(&house.postgres, "update items set version = 2 where id = 1").await?;
     house.reads.heard().await?;
     // Commits behind it wait too: order is order.
     house.local().await?.batch_execute("update items set version = 2 where id = 2").await?;

@@ -8,7 +8,9 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 use support::{
     DEADLINE, Server, migrate,
+    queries::QueryDir,
     reads::{By, Reads, Seen},
+    unseen::{Unseen, standby_never_answers},
 };
 use walcast_testkit::{SseStream, TestPostgres, wait};
 
@@ -21,25 +23,22 @@ const SCHEMA: &str = "create table pets (id bigint primary key, owner bigint not
     insert into secrets values (1, 'red', 'r'), (2, 'blue', 'b');
     grant select on pets, secrets to authenticated, service_role;";
 
-const PETS: &str = "-- name: pets\n-- param: owner bigint\nselect id, name from pets where owner = $1 order by id\n";
-const SECRETS: &str = "-- name: secrets\nselect id, body from secrets order by id\n";
+const PETS: &str = "-- param: owner bigint\nselect id, name from pets where owner = $1 order by id\n";
+const SECRETS: &str = "select id, body from secrets order by id\n";
 
 struct House {
     postgres: TestPostgres,
     server: Server,
     reads: Reads,
-    _queries: tempfile::TempDir,
+    _queries: QueryDir,
 }
 
 impl House {
     async fn open() -> Result<House> {
         let postgres = TestPostgres::start().await?;
         migrate(&postgres, SCHEMA, &["pets"]).await?;
-        let queries = tempfile::tempdir()?;
-        std::fs::write(queries.path().join("pets.sql"), PETS)?;
-        std::fs::write(queries.path().join("secrets.sql"), SECRETS)?;
-        let dir = queries.path().to_string_lossy().into_owned();
-        let server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &dir)]).await?;
+        let queries = QueryDir::new(&[("pets", PETS), ("secrets", SECRETS)])?;
+        let server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &queries.setting())]).await?;
         let reads = Reads::service(&server);
         Ok(House { postgres, server, reads, _queries: queries })
     }
@@ -151,16 +150,11 @@ async fn p5_a_query_planned_by_an_index_under_construction_keeps_nothing_that_la
     let house = House::open().await?;
     let looker = house.postgres.connect().await?;
     looker.batch_execute("set synchronous_commit = local; update pets set name = 'early' where id = 2").await?;
-    house.postgres.execute("alter system set synchronous_standby_names = 'nobody'").await?;
-    looker.batch_execute("select pg_reload_conf()").await?;
-
-    let writer = house.postgres.connect().await?;
-    let cancel = writer.cancel_token();
-    let commit = tokio::spawn(async move { writer.batch_execute("update pets set name = 'new' where id = 1").await });
+    standby_never_answers(&house.postgres).await?;
+    let unseen = Unseen::commit(&house.postgres, "update pets set name = 'new' where id = 1").await?;
     let sees = async |what: &str, sql: &str| {
         wait::until(DEADLINE, what, async || looker.query(sql, &[]).await.is_ok_and(|rows| !rows.is_empty())).await
     };
-    sees("the commit waits for its standby", "select from pg_stat_activity where wait_event = 'SyncRep'").await?;
     house.reads.heard().await?;
     let builder = house.postgres.connect().await?;
     builder.batch_execute("set synchronous_commit = local").await?;
@@ -170,8 +164,7 @@ async fn p5_a_query_planned_by_an_index_under_construction_keeps_nothing_that_la
     let old = house.truth(1).await?;
     let seen = house.pets(1).await?;
     ensure!(seen.json()? == old, "control: the commit is not visible yet: {seen:?}");
-    cancel.cancel_query(tokio_postgres::NoTls).await?;
-    commit.await??;
+    unseen.settle().await?;
     let seen = house.pets(1).await?;
     ensure!(house.truth(1).await? != old && seen.json()? == house.truth(1).await?, "{seen:?}");
     build.await??;

@@ -2,8 +2,6 @@
 
 mod support;
 
-use std::io::Write;
-
 use anyhow::{Context, Result, ensure};
 use reqwest::{Client, Method};
 use serde_json::Value;
@@ -23,7 +21,6 @@ struct Door {
     server: Server,
     token: String,
     http: Client,
-    _config: tempfile::NamedTempFile,
 }
 
 #[derive(Debug)]
@@ -50,12 +47,9 @@ impl Door {
     async fn open() -> Result<Door> {
         let postgres = TestPostgres::start().await?;
         migrate(&postgres, "create table notes (id bigint primary key, body text)", &[]).await?;
-        let mut config = tempfile::Builder::new().suffix(".toml").tempfile()?;
-        config.write_all(CONFIG.as_bytes())?;
-        let path = config.path().to_str().context("a path that is text")?.to_owned();
-        let server = Server::start(&postgres, &[("WALCAST_CONFIG", path.as_str())]).await?;
+        let server = Server::configured(&postgres, CONFIG, &[]).await?;
         let token = server.token("service_role", None);
-        Ok(Door { postgres, server, token, http: Client::new(), _config: config })
+        Ok(Door { postgres, server, token, http: Client::new() })
     }
 
     async fn ask(&self, method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> Result<Seen> {

@@ -2,9 +2,7 @@
 
 mod support;
 
-use std::io::Write;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 use support::{SECRET, Server, migrate};
@@ -38,18 +36,14 @@ struct Door {
     _postgres: TestPostgres,
     server: Server,
     http: Client,
-    _config: tempfile::NamedTempFile,
 }
 
 impl Door {
     async fn open() -> Result<Door> {
         let postgres = TestPostgres::start().await?;
         migrate(&postgres, "create table notes (id bigint primary key, body text)", &[]).await?;
-        let mut config = tempfile::Builder::new().suffix(".toml").tempfile()?;
-        config.write_all(CONFIG.as_bytes())?;
-        let path = config.path().to_str().context("a path that is text")?.to_owned();
-        let server = Server::start(&postgres, &[("WALCAST_CONFIG", path.as_str())]).await?;
-        Ok(Door { _postgres: postgres, server, http: Client::new(), _config: config })
+        let server = Server::configured(&postgres, CONFIG, &[]).await?;
+        Ok(Door { _postgres: postgres, server, http: Client::new() })
     }
 
     fn ask(&self, method: Method, path: &str, token: &str) -> RequestBuilder {

@@ -43,6 +43,25 @@ async fn clinic(files: &[(&str, &str)], settings: &[(&str, &str)]) -> Result<(Te
     Ok((postgres, dir, server))
 }
 
+#[tokio::test]
+async fn a_page_of_another_origin_is_told_beforehand_that_it_may_send_its_token() -> Result<()> {
+    let (_postgres, _dir, server) = clinic(&[], &[]).await?;
+    for (method, path) in
+        [("GET", "/query/v1/prices"), ("POST", "/query/v1"), ("PUT", "/cache/v1/n/k"), ("GET", "/sse/v1/changes")]
+    {
+        let preflight = reqwest::Client::new()
+            .request(reqwest::Method::OPTIONS, format!("{}{path}", server.url))
+            .header("origin", "https://app.example")
+            .header("access-control-request-method", method)
+            .header("access-control-request-headers", "authorization,walcast-at-least");
+        let answer = preflight.send().await?;
+        let allowed = answer.headers().get("access-control-allow-headers").context("no headers allowed")?.to_str()?;
+        ensure!(answer.status() == 200 && allowed.contains("authorization"), "{path}: {} {allowed}", answer.status());
+        ensure!(answer.headers()["access-control-allow-origin"] == "*", "{path}");
+    }
+    server.stop().await
+}
+
 /// A plan's narrowing is trusted once all that it may have missed has settled.
 async fn warm(server: &Server, tokens: &[&str], path: &str) -> Result<()> {
     for token in tokens {

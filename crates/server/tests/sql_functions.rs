@@ -7,7 +7,10 @@ mod support;
 use anyhow::{Context, Result, ensure};
 use room::{Room, refused};
 use serde_json::json;
-use support::DEADLINE;
+use support::{
+    DEADLINE,
+    unseen::{Unseen, standby_never_answers},
+};
 use walcast_testkit::wait;
 
 #[tokio::test]
@@ -147,16 +150,8 @@ async fn p5_a_commit_that_was_streamed_before_it_is_visible_ends_what_was_read_m
     let app = room.postgres.connect().await?;
     app.batch_execute("set synchronous_commit = local").await?;
     room.believed(&app).await?;
-    room.postgres.execute("alter system set synchronous_standby_names = 'nobody'").await?;
-    room.postgres.execute("set synchronous_commit = local; select pg_reload_conf()").await?;
-    let writer = room.postgres.connect().await?;
-    let cancel = writer.cancel_token();
-    let hung = tokio::spawn(async move { writer.batch_execute("update items set version = 2 where id = 1").await });
-    wait::until(DEADLINE, "the commit waits for its standby", async || {
-        let sql = "select 1 from pg_stat_activity where wait_event = 'SyncRep'";
-        app.query(sql, &[]).await.is_ok_and(|rows| rows.len() == 1)
-    })
-    .await?;
+    standby_never_answers(&room.postgres).await?;
+    let unseen = Unseen::commit(&room.postgres, "update items set version = 2 where id = 1").await?;
     room.reads.heard().await?;
     room.checkpointed(&app).await?;
     ensure!(room.version(&app, 1).await? == 1, "nobody sees it yet");
@@ -166,8 +161,7 @@ async fn p5_a_commit_that_was_streamed_before_it_is_visible_ends_what_was_read_m
         "update walcast.cache_entries set tags = array['items:id=1'], settled = (select clock_lsn from walcast.sentinel) where key = 'control'",
     )
     .await?;
-    cancel.cancel_query(tokio_postgres::NoTls).await?;
-    let _ = hung.await?;
+    unseen.settle().await?;
     wait::until(DEADLINE, "the commit is visible", async || room.version(&app, 1).await.is_ok_and(|version| version == 2))
         .await?;
     room.settled(&app).await?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use support::{DEADLINE, SECRET, SERVE_ROLE, Server, memory, migrate};
+use support::{DEADLINE, SECRET, SERVE_ROLE, Server, drop_slot, memory, migrate};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -194,15 +194,7 @@ async fn p2_a_slot_that_is_dropped_while_running_begins_a_new_epoch_and_all_resy
     let (mut events, _) = listen(&server, None).await?;
     insert(&postgres, "old").await?;
     let old = told(&mut events).await?;
-    let sql = "do $$ begin loop
-            begin
-                perform pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'walcast' and active_pid is not null;
-                perform pg_drop_replication_slot('walcast');
-                exit;
-            exception when object_in_use then perform pg_sleep(0.001);
-            end;
-        end loop; end $$";
-    postgres.execute(sql).await?;
+    drop_slot(&postgres).await?;
     let resync = told(&mut events).await?;
     assert_eq!(resync.event, "resync", "{resync:?}");
     assert!(reason(&resync).contains("slot is new"), "{resync:?}");

@@ -4,128 +4,15 @@ mod support;
 
 use anyhow::{Context, Result, ensure};
 use support::{
-    DEADLINE, SERVE_ROLE, Server, migrate,
-    reads::{By, Reads},
+    DEADLINE, SERVE_ROLE, migrate,
+    reads::By,
+    school::{RULES, SCHEMA, School},
 };
-use tokio_postgres::NoTls;
-use walcast_testkit::{SseStream, TestPostgres, wait};
-
-const SCHEMA: &str = "
-    create table enrolments (id bigint primary key, student_id bigint, course_id text, status text, note text);
-    alter table enrolments replica identity full;
-    create table products (id bigint primary key, title text);
-    create table modules (id bigint primary key, product_id bigint, title text);
-    alter table modules replica identity full;
-    create table module_lessons (id bigint primary key, module_id bigint, title text);
-    alter table module_lessons replica identity full;
-    create table visits (id bigint primary key, ward bigint);
-    insert into modules select i, i / 10, 'm' from generate_series(1, 100) i;
-    insert into module_lessons select i, i, 'l' from generate_series(1, 100) i;
-    grant select on enrolments, modules, module_lessons, visits to service_role;
-    grant select on modules to walcast;";
-
-const RULES: &str = r#"
-[[tags]]
-table = "enrolments"
-when_changed = ["student_id", "status"]
-raise = ["student:{student_id}"]
-
-[[tags]]
-table = "enrolments"
-on = ["insert", "delete"]
-raise = ["course:{course_id}"]
-
-[[tags]]
-table = "visits"
-raise = ["ward:{ward}"]
-
-[[tags]]
-table = "modules"
-raise = ["product:{product_id}"]
-
-[[tags]]
-table = "module_lessons"
-cascade = "select product_id from modules where id = $1"
-with = ["module_id"]
-raise = ["product:{product_id}"]
-"#;
-
-struct House {
-    postgres: TestPostgres,
-    server: Server,
-    reads: Reads,
-    files: tempfile::TempDir,
-}
-
-impl House {
-    async fn open() -> Result<House> {
-        House::with(SCHEMA, RULES, &[]).await
-    }
-
-    async fn with(schema: &str, rules: &str, settings: &[(&str, &str)]) -> Result<House> {
-        let postgres = TestPostgres::start().await?;
-        migrate(&postgres, schema, &["module_lessons"]).await?;
-        let files = tempfile::tempdir()?;
-        let server = serve(&postgres, &files, rules, settings).await?;
-        let reads = Reads::service(&server);
-        Ok(House { postgres, server, reads, files })
-    }
-
-    /// Stores a value with this tag alone.
-    async fn fill(&self, tag: &str) -> Result<()> {
-        if self.fresh(tag).await? {
-            return Ok(());
-        }
-        let stored = self.reads.fill(&path(tag), tag, async || Ok("value".into())).await?;
-        ensure!(stored == "stored", "{tag}: {stored}");
-        ensure!(self.fresh(tag).await?, "{tag}");
-        Ok(())
-    }
-
-    async fn fresh(&self, tag: &str) -> Result<bool> {
-        Ok(self.reads.get(&path(tag)).await?.is_fresh_hit())
-    }
-
-    /// Fills all of these, runs the statements, and says which fell.
-    async fn fallen<'t>(&self, tags: &[&'t str], sql: &str) -> Result<Vec<&'t str>> {
-        // What is settled may be filled; whether it fell is known once the commits have raised all that they will.
-        self.reads.settled().await?;
-        for tag in tags {
-            self.fill(tag).await?;
-        }
-        self.postgres.execute(sql).await?;
-        self.reads.settled().await?;
-        let mut fallen = Vec::new();
-        for tag in tags {
-            if !self.fresh(tag).await? {
-                fallen.push(*tag);
-            }
-        }
-        Ok(fallen)
-    }
-
-    async fn metric(&self, name: &str) -> Result<u64> {
-        let text = reqwest::get(format!("{}/metrics", self.server.url)).await?.text().await?;
-        let line = text.lines().find(|line| line.split(' ').next() == Some(name)).with_context(|| format!("{name}: {text}"))?;
-        Ok(line.rsplit(' ').next().unwrap_or_default().parse::<f64>()? as u64)
-    }
-}
-
-async fn serve(postgres: &TestPostgres, files: &tempfile::TempDir, rules: &str, settings: &[(&str, &str)]) -> Result<Server> {
-    let config = files.path().join("walcast.toml");
-    std::fs::write(&config, rules)?;
-    let config = config.to_string_lossy().into_owned();
-    let settings: Vec<_> = [("WALCAST_CONFIG", config.as_str())].into_iter().chain(settings.iter().copied()).collect();
-    Server::start(postgres, &settings).await
-}
-
-fn path(tag: &str) -> String {
-    format!("/cache/v1/school/{}", tag.replace([':', '%'], "-"))
-}
+use walcast_testkit::{TestPostgres, wait};
 
 #[tokio::test]
 async fn a_rules_tag_falls_by_the_new_and_the_old_value_and_only_by_those() -> Result<()> {
-    let house = House::open().await?;
+    let house = School::open().await?;
     let tags = ["student:1", "student:2", "student:3", "course:a%2Eb", "course:c"];
     let insert = "insert into enrolments values (1, 1, 'a.b', 'open', 'x')";
     ensure!(house.fallen(&tags, insert).await? == ["student:1", "course:a%2Eb"]);
@@ -153,7 +40,7 @@ async fn a_rules_tag_falls_by_the_new_and_the_old_value_and_only_by_those() -> R
 
 #[tokio::test]
 async fn an_application_can_carry_only_what_a_rule_raises() -> Result<()> {
-    let house = House::open().await?;
+    let house = School::open().await?;
     let put = async |tag: &str| {
         house.reads.delete("/cache/v1/school/x").await?;
         house.reads.fill("/cache/v1/school/x", tag, async || Ok("value".into())).await
@@ -184,7 +71,7 @@ async fn an_application_can_carry_only_what_a_rule_raises() -> Result<()> {
 
 #[tokio::test]
 async fn a_cascade_lets_fall_what_its_lookup_leads_to_and_nothing_else() -> Result<()> {
-    let house = House::open().await?;
+    let house = School::open().await?;
     let tags = ["product:1", "product:2", "product:3"];
     let lesson = "update module_lessons set title = 'new' where id = 15";
     ensure!(house.fallen(&tags, lesson).await? == ["product:1"]);
@@ -207,75 +94,8 @@ async fn a_cascade_lets_fall_what_its_lookup_leads_to_and_nothing_else() -> Resu
 }
 
 #[tokio::test]
-async fn p4_who_is_told_of_a_lesson_never_meets_the_product_from_before_it() -> Result<()> {
-    let house = House::open().await?;
-    let token = house.server.token("service_role", None);
-    let url = format!("{}/sse/v1/changes?table=module_lessons", house.server.url);
-    let mut events = SseStream::open(&url, Some(&token), None).await?;
-    ensure!(events.next(DEADLINE).await?.event == "live");
-    let writer = house.postgres.connect().await?;
-    let (mut old, mut fresh) = (0, 0);
-    for round in 0..60 {
-        // Control: an entry that nothing ties to the lesson is there after every event, so the reads below can hit.
-        house.reads.settled().await?;
-        house.fill("product:1").await?;
-        house.fill("product:9").await?;
-        let sql = format!("update module_lessons set title = 'round {round}' where id = {}", 11 + round % 5);
-        writer.batch_execute(&sql).await?;
-        ensure!(events.next(DEADLINE).await?.event == "change");
-        old += u32::from(house.fresh("product:1").await?);
-        fresh += u32::from(house.fresh("product:9").await?);
-    }
-    ensure!(old == 0, "{old} of 60 readers were told and met the entry from before");
-    ensure!(fresh == 60, "only {fresh} of 60 unconcerned entries were there: the test proves nothing");
-    house.server.stop().await
-}
-
-#[tokio::test]
-async fn p4_a_position_is_promised_only_once_its_cascades_are_raised() -> Result<()> {
-    let house = House::open().await?;
-    house.reads.settled().await?;
-    house.fill("product:1").await?;
-    house.fill("product:9").await?;
-    // The commit is in the WAL and invisible: its lookup cannot have run.
-    house.postgres.execute("alter system set synchronous_standby_names = 'nobody'").await?;
-    house.postgres.execute("set synchronous_commit = local; select pg_reload_conf()").await?;
-    let writer = house.postgres.connect().await?;
-    let cancel = writer.cancel_token();
-    let commit = tokio::spawn(async move { writer.batch_execute("update module_lessons set title = 'x' where id = 11").await });
-    let looker = house.postgres.connect().await?;
-    wait::until(DEADLINE, "the commit waits for its standby", async || {
-        let sql = "select 1 from pg_stat_activity where wait_event = 'SyncRep'";
-        looker.query(sql, &[]).await.is_ok_and(|rows| rows.len() == 1)
-    })
-    .await?;
-    house.reads.heard().await?;
-    // Control: its row's own tag has been raised, so the commit has been read, and the product's has not.
-    ensure!(house.fresh("product:1").await?, "nobody was told, and the product has not fallen");
-    let before = house.reads.get(&path("product:9")).await?.position;
-    let committed: String = {
-        let sql = "select pg_current_wal_insert_lsn()::text";
-        looker.query_one(sql, &[]).await?.get(0)
-    };
-    ensure!(lsn(&before)? < parse(&committed)?, "{before} {committed}");
-    let told = format!("{}/{committed}/0", before.split('/').next().unwrap_or_default());
-    let asked = {
-        let (reads, told) = (house.reads.clone(), told.clone());
-        tokio::spawn(async move { reads.get_at_least(&path("product:1"), &told).await })
-    };
-    cancel.cancel_query(NoTls).await?;
-    commit.await??;
-    ensure!(!asked.await??.is_fresh_hit(), "asked for at least the commit, answered from before it");
-    house.reads.settled().await?;
-    ensure!(!house.fresh("product:1").await? && house.fresh("product:9").await?);
-    let after = house.reads.get(&path("product:9")).await?.position;
-    ensure!(lsn(&after)? > lsn(&before)?, "{before} {after}");
-    house.server.stop().await
-}
-
-#[tokio::test]
 async fn a_lookup_that_fails_or_takes_too_long_lets_all_of_its_word_fall() -> Result<()> {
-    let house = House::open().await?;
+    let house = School::open().await?;
     let tags = ["product:1", "product:2", "student:1"];
     house.postgres.execute("revoke select on modules from walcast").await?;
     // The catalog moved: everything of rules falls once, and may be filled anew.
@@ -317,7 +137,7 @@ async fn p7_an_update_of_200_000_rows_raises_a_few_tags() -> Result<()> {
         ("WALCAST_STREAM__SETTLE_BYTES", "1GiB"),
         ("WALCAST_CACHE__MAX_STALENESS", "60s"),
     ];
-    let house = House::with(SCHEMA, RULES, &room).await?;
+    let house = School::with(SCHEMA, RULES, &room).await?;
     let fill = "insert into enrolments select i, i, i::text, 'open' from generate_series(1, 200000) i;
                 insert into module_lessons select i, i, 'l' from generate_series(1000, 21000) i";
     house.postgres.execute(fill).await?;
@@ -335,28 +155,6 @@ async fn p7_an_update_of_200_000_rows_raises_a_few_tags() -> Result<()> {
     ensure!(raised <= 10, "{raised} tags for one update");
     ensure!(house.metric("walcast_cascades_total").await? == before.1, "nothing of it was looked up");
     house.server.stop().await
-}
-
-#[tokio::test]
-async fn p4_entries_of_other_rules_do_not_survive_a_restart_and_those_of_the_same_do() -> Result<()> {
-    let house = House::open().await?;
-    house.reads.settled().await?;
-    house.fill("product:1").await?;
-    house.fill("sick:1").await?;
-    let House { postgres, server, files, .. } = house;
-    // The same rules: what was stored is still there, unless its cascade was missed.
-    server.stop().await?;
-    postgres.execute("update module_lessons set title = 'while nobody listened' where id = 11").await?;
-    let server = serve(&postgres, &files, RULES, &[]).await?;
-    let reads = Reads::service(&server);
-    ensure!(!reads.get(&path("product:1")).await?.is_fresh_hit(), "a cascade of the time without us");
-    ensure!(reads.get(&path("sick:1")).await?.is_from_l2(), "the same rules");
-    server.stop().await?;
-    // Another rule, which would have let it fall meanwhile.
-    let other = format!("{RULES}\n[[tags]]\ntable = \"visits\"\nraise = [\"sick:{{ward}}\"]\n");
-    let server = serve(&postgres, &files, &other, &[]).await?;
-    ensure!(!Reads::service(&server).get(&path("sick:1")).await?.is_fresh_hit(), "other rules");
-    server.stop().await
 }
 
 #[tokio::test]
@@ -417,14 +215,16 @@ async fn a_rule_that_does_not_fit_the_database_is_named_with_its_line_and_what_m
 
 #[tokio::test]
 async fn check_says_what_would_make_a_rule_precise() -> Result<()> {
-    let house = House::open().await?;
+    let house = School::open().await?;
     let rules = "[[tags]]\ntable = \"visits\"\nraise = [\"ward:{ward}\"]\n
         [[tags]]\ntable = \"module_lessons\"\ncascade = \"select product_id from modules where id = $1\"
         with = [\"module_id\"]\nraise = [\"product:{product_id}\"]\n";
-    std::fs::write(house.files.path().join("walcast.toml"), rules)?;
+    let files = tempfile::tempdir()?;
+    let config = files.path().join("walcast.toml");
+    std::fs::write(&config, rules)?;
     let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_walcast"))
         .arg("check")
-        .env("WALCAST_CONFIG", house.files.path().join("walcast.toml"))
+        .env("WALCAST_CONFIG", &config)
         .env("WALCAST_DATABASE_URL", house.postgres.url_as(SERVE_ROLE, "postgres"))
         .env("WALCAST_JWT_SECRET", support::SECRET)
         .output()
@@ -445,18 +245,8 @@ async fn without_a_rule_for_the_looked_up_table_its_changes_let_all_of_the_word_
     let rules =
         RULES.replace("table = \"modules\"\nraise = [\"product:{product_id}\"]", "table = \"visits\"\nraise = [\"bed:{id}\"]");
     ensure!(rules != RULES);
-    let house = House::with(SCHEMA, &rules, &[]).await?;
+    let house = School::with(SCHEMA, &rules, &[]).await?;
     let tags = ["product:1", "product:2", "student:1"];
     ensure!(house.fallen(&tags, "update modules set product_id = 3 where id = 15").await? == ["product:1", "product:2"]);
     house.server.stop().await
-}
-
-fn lsn(position: &str) -> Result<u64> {
-    let (_, rest) = position.split_once('/').context("no epoch")?;
-    parse(rest.rsplit_once('/').context("no index")?.0)
-}
-
-fn parse(lsn: &str) -> Result<u64> {
-    let (high, low) = lsn.split_once('/').context("no LSN")?;
-    Ok((u64::from_str_radix(high, 16)? << 32) | u64::from_str_radix(low, 16)?)
 }

@@ -330,4 +330,49 @@ mod tests {
         holds.release(&HashSet::from([new]), || {});
         assert_eq!(holds.at_most(Lsn(900)), Lsn(900));
     }
+
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Step {
+        Hold,
+        Read,
+        Raise,
+        Release,
+    }
+
+    /// Two commits go through these steps, the first read before the second, in every other order of their steps. Is ever
+    /// something promised of which a commit has not raised everything?
+    fn promises_too_much(steps: [Step; 4]) -> bool {
+        let mut orders = (0_u32..1 << 8).filter(|picks| picks.count_ones() == 4);
+        orders.any(|picks| {
+            let (holds, lsns) = (Holds::default(), [Lsn(100), Lsn(200)]);
+            let (mut at, mut ids, mut raised, mut read_to) = ([0; 2], [None; 2], [false; 2], Lsn(50));
+            (0..8).any(|turn| {
+                let which = usize::from(picks & (1 << turn) == 0);
+                let intake_is_first = |step| matches!(step, Step::Hold | Step::Read);
+                let step = steps[at[which]];
+                let first_is_read = steps[at[0]..].iter().all(|step| !intake_is_first(*step));
+                if which == 1 && intake_is_first(step) && !first_is_read {
+                    // The intake is one task: this order cannot be.
+                    return false;
+                }
+                at[which] += 1;
+                match step {
+                    Step::Hold => ids[which] = Some(holds.hold(lsns[which])),
+                    Step::Read => read_to = lsns[which],
+                    Step::Raise => raised[which] = true,
+                    Step::Release => holds.release(&ids[which].into_iter().collect(), || {}),
+                }
+                let promised = holds.at_most(read_to);
+                (0..2).any(|commit| promised >= lsns[commit] && !raised[commit])
+            })
+        })
+    }
+
+    #[test]
+    fn p4_only_this_order_of_steps_promises_nothing_too_early() {
+        use Step::*;
+        assert!(!promises_too_much([Hold, Read, Raise, Release]), "as it is built");
+        assert!(promises_too_much([Hold, Read, Release, Raise]), "control: released before it is raised");
+        assert!(promises_too_much([Read, Hold, Raise, Release]), "control: counted as read before it is held");
+    }
 }

@@ -11,7 +11,8 @@ use crate::{cli::ExplainArgs, failure::Failure, settings::Settings};
 pub async fn run(settings: Settings, args: ExplainArgs) -> Result<ExitCode, Failure> {
     walcast_engine::install_crypto();
     let desk = desk(&settings).await?.ok_or_else(|| {
-        Failure::usage("no_queries", "no folder of queries is named").hint("set queries.dir, or --queries.dir".to_owned())
+        Failure::usage("no_queries", "no folder of queries is named")
+            .hint("set queries.dir, or --queries.dir; those of `walcast dev` are in demo/queries".to_owned())
     })?;
     let params = pairs(&args.params, "param")?;
     let mut claims: Map<String, Value> = Map::new();

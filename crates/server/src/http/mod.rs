@@ -7,6 +7,7 @@ pub mod admin;
 pub mod cache;
 pub mod health;
 pub mod identity;
+mod object;
 pub mod openapi;
 pub mod pages;
 pub mod query;
@@ -35,7 +36,7 @@ use axum::{
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
-use tower_http::cors::{Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, Any, CorsLayer};
 use walcast_engine::Engine;
 
 pub use pages::DemoSession;
@@ -105,12 +106,17 @@ pub fn router(app: App) -> Router {
                 .post(cache::batch::post)
                 .put(cache::put)
                 .delete(cache::delete)
+                // Browsers ask by OPTIONS, and `from_any_page` answers; of the rest the router would say that every key takes POST.
+                .options(cache::batch::method_not_allowed)
+                .fallback(cache::batch::method_not_allowed)
                 .layer(DefaultBodyLimit::max(body_limit)),
         )
         .route("/rest/v1", elsewhere())
         .route("/rest/v1/{*rest}", elsewhere())
         .route("/auth/v1/{*rest}", elsewhere())
         .route("/storage/v1/{*rest}", elsewhere())
+        // Before the layer, which answers OPTIONS also where only other methods are refused.
+        .method_not_allowed_fallback(pages::method_not_allowed)
         .layer(from_any_page());
     if app.demo.is_some() {
         // Without a word to other origins: the page's own keys are for the page.
@@ -150,7 +156,8 @@ fn from_any_page() -> CorsLayer {
     CorsLayer::new()
         .allow_origin(Any)
         .allow_methods(Any)
-        .allow_headers(Any)
+        // By name: a `*` does not stand for `Authorization`.
+        .allow_headers(AllowHeaders::mirror_request())
         .expose_headers(told.map(HeaderName::from_static))
         .max_age(Duration::from_secs(3600))
 }

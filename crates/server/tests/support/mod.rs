@@ -7,6 +7,8 @@ pub mod control_feed;
 pub mod memory;
 pub mod queries;
 pub mod reads;
+pub mod school;
+pub mod unseen;
 
 use std::{net::TcpListener, process::Stdio, time::Duration};
 
@@ -33,6 +35,19 @@ pub async fn migrate(postgres: &TestPostgres, schema: &str, realtime: &[&str]) -
     Ok(())
 }
 
+/// As an operator's mistake would, under a server that holds it.
+pub async fn drop_slot(postgres: &TestPostgres) -> Result<()> {
+    let sql = "do $$ begin loop
+            begin
+                perform pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = 'walcast' and active_pid is not null;
+                perform pg_drop_replication_slot('walcast');
+                exit;
+            exception when object_in_use then perform pg_sleep(0.001);
+            end;
+        end loop; end $$";
+    postgres.execute(sql).await
+}
+
 async fn run_migrate(postgres: &TestPostgres) -> Result<()> {
     let output = Command::new(env!("CARGO_BIN_EXE_walcast"))
         .args(["migrate", "--database-url", &postgres.url(), "--serve-role", SERVE_ROLE])
@@ -52,9 +67,22 @@ pub struct Server {
     port: u16,
     database_url: String,
     settings: Vec<(String, String)>,
+    /// Read anew whenever the server starts.
+    config: Option<tempfile::NamedTempFile>,
 }
 
 impl Server {
+    /// With `toml` as its `walcast.toml`.
+    pub async fn configured(postgres: &TestPostgres, toml: &str, settings: &[(&str, &str)]) -> Result<Server> {
+        let file = tempfile::Builder::new().suffix(".toml").tempfile()?;
+        std::fs::write(file.path(), toml)?;
+        let path = file.path().to_str().context("a path that is text")?;
+        let settings: Vec<_> = [("WALCAST_CONFIG", path)].into_iter().chain(settings.iter().copied()).collect();
+        let mut server = Server::start(postgres, &settings).await?;
+        server.config = Some(file);
+        Ok(server)
+    }
+
     /// `settings` are environment variables, such as `("WALCAST_STREAM__REPLAY_BYTES", "1MiB")`.
     pub async fn start(postgres: &TestPostgres, settings: &[(&str, &str)]) -> Result<Server> {
         Server::start_at(&postgres.url_as(SERVE_ROLE, "postgres"), settings).await
@@ -64,8 +92,8 @@ impl Server {
         let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
         let settings: Vec<_> = settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let child = spawn(port, database_url, &settings)?;
-        let mut server =
-            Server { child, url: format!("http://127.0.0.1:{port}"), port, database_url: database_url.to_owned(), settings };
+        let (url, database_url) = (format!("http://127.0.0.1:{port}"), database_url.to_owned());
+        let mut server = Server { child, url, port, database_url, settings, config: None };
         server.ready().await?;
         Ok(server)
     }

@@ -9,7 +9,7 @@ use axum::{
     Json,
     body::Body,
     extract::{Path, State, rejection::PathRejection},
-    http::{HeaderMap, StatusCode},
+    http::{HeaderMap, Method, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -23,7 +23,7 @@ use walcast_engine::{
 };
 
 use super::{POSITION, freshness, header_value, now_ms, put_refused, whole};
-use crate::http::{App, identity::Caller, refusal::Refusal};
+use crate::http::{App, identity::Caller, object, pages, refusal::Refusal};
 
 /// Keys of one request.
 const MOST_KEYS: usize = 256;
@@ -71,8 +71,9 @@ pub async fn post(
     let unreadable = |error| Refusal::new(StatusCode::BAD_REQUEST, "bad_key", format!("the path cannot be read: {error}"));
     let Path((namespace, what)) = path.map_err(unreadable)?;
     if !matches!(what.as_str(), "mget" | "mset") {
-        return Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "a key takes GET, HEAD, PUT and DELETE")
-            .hint("POST is for /cache/v1/{namespace}/mget and mset"));
+        let refusal = Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "a key takes GET, HEAD, PUT and DELETE")
+            .hint("POST is for /cache/v1/{namespace}/mget and mset");
+        return Ok(([(header::ALLOW, OF_KEYS)], refusal).into_response());
     }
     let right = if what == "mget" { Right::Read } else { Right::Write };
     app.engine.may_use_namespace(&claims, right, &namespace)?;
@@ -80,6 +81,16 @@ pub async fn post(
     let body = read(&app, body).await?;
     let keys = Keys { app: &app, claims: &claims, right, namespace: &namespace };
     if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &body).await }
+}
+
+/// What a key takes, though the router sends POST here for each.
+const OF_KEYS: &str = "GET, HEAD, PUT, DELETE";
+
+/// Any other method: the router alone would say that every key takes POST.
+pub async fn method_not_allowed(method: Method, uri: Uri) -> Response {
+    let is_batch = ["/mget", "/mset"].iter().any(|end| uri.path().ends_with(end));
+    let allow = if is_batch { "GET, HEAD, POST, PUT, DELETE" } else { OF_KEYS };
+    ([(header::ALLOW, allow)], pages::method_not_allowed(method, uri).await).into_response()
 }
 
 /// Makes the caller's keys.
@@ -98,7 +109,7 @@ impl Keys<'_> {
 
 async fn mget(of: &Keys<'_>, headers: &HeaderMap, body: &[u8]) -> Result<Response, Refusal> {
     let app = of.app;
-    let asked: Mget = serde_json::from_slice(body).map_err(|error| bad_body(&error, "{\"keys\": [\"a\", \"b\"]}"))?;
+    let asked: Mget = object::read(body).map_err(|error| bad_body(&error, "{\"keys\": [\"a\", \"b\"]}"))?;
     few(asked.keys.len())?;
     let keys: Vec<CacheKey> = asked.keys.iter().map(|key| of.key(key)).collect::<Result<_, _>>()?;
     let position = app.engine.position();
@@ -217,7 +228,7 @@ struct Outcome {
 
 async fn mset(of: &Keys<'_>, body: &[u8]) -> Result<Response, Refusal> {
     let example = "{\"entries\": [{\"key\": \"a\", \"value\": {}, \"ticket\": \"…\"}]}";
-    let asked: Mset<'_> = serde_json::from_slice(body).map_err(|error| bad_body(&error, example))?;
+    let asked: Mset<'_> = object::read(body).map_err(|error| bad_body(&error, example))?;
     few(asked.entries.len())?;
     let position = of.app.engine.position();
     let results: Vec<Outcome> = join_all(asked.entries.iter().map(|raw| put(of, raw))).await;
@@ -232,10 +243,10 @@ async fn put(of: &Keys<'_>, raw: &RawValue) -> Outcome {
         reason: Some(refusal.0.code.clone()),
         detail: Some(refusal.0.title.clone()),
     };
-    let new: New<'_> = match serde_json::from_str(raw.get()) {
+    let new: New<'_> = match object::read(raw.get().as_bytes()) {
         Ok(new) => new,
         Err(error) => {
-            let key = serde_json::from_str(raw.get()).ok().map(|keyed: Keyed| keyed.key);
+            let key = object::read(raw.get().as_bytes()).ok().map(|keyed: Keyed| keyed.key);
             return refused(key, bad_entry(format!("the entry cannot be read: {error}")));
         }
     };

@@ -10,7 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::json;
 use walcast_engine::{
     InvalidateError, Invalidation, NamespaceError, Right, What,
@@ -18,17 +18,22 @@ use walcast_engine::{
 };
 
 use super::{POSITION, header_value};
-use crate::http::{App, identity::Caller, refusal::Refusal};
+use crate::http::{App, identity::Caller, object, refusal::Refusal};
 
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Asked {
+    #[serde(default, deserialize_with = "given")]
     namespace: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     keys: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "given")]
     tags: Option<Vec<String>>,
-    #[serde(rename = "match")]
+    #[serde(default, deserialize_with = "given", rename = "match")]
     matching: Option<Matching>,
+    #[serde(default, deserialize_with = "given")]
     pattern: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     table: Option<String>,
     #[serde(default)]
     everything: bool,
@@ -36,6 +41,11 @@ struct Asked {
     soft: bool,
     #[serde(default)]
     dry_run: bool,
+}
+
+/// Null is not the same as absent: a namespace that somebody forgot to fill in would reach into every one.
+fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(json: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(json).map(Some)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -49,10 +59,7 @@ const EXAMPLES: &str = "send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"
                         {\"table\": \"patients\"}, {\"namespace\": \"n\"} or {\"everything\": true}";
 
 pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
-    let asked: Asked = serde_json::from_slice(&body).map_err(|error| {
-        let why = error.to_string().replace("struct Asked", "an object with namespace, keys, tags, pattern, table or everything");
-        wrong("bad_body", format!("the body cannot be read: {why}"))
-    })?;
+    let asked: Asked = object::read(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
     let invalidation = understood(&app, &claims, &asked)?;
     if asked.dry_run { surveyed(&app, &invalidation).await } else { invalidated(&app, &invalidation).await }
 }

@@ -131,18 +131,16 @@ pub async fn put(
     };
     let value = whole(body, limit).await.ok_or_else(too_large)?;
     // One that cannot be read is not the same as none: without its tags a value would stay.
-    let unreadable = MEANT.into_iter().find(|name| headers.get(*name).is_some_and(|value| value.to_str().is_err()));
+    let unreadable = MEANT.into_iter().find(|name| headers.get_all(*name).iter().any(|value| value.to_str().is_err()));
     if let Some(name) = unreadable {
         let why = format!("header `{name}` holds something other than visible ASCII");
         return Err(Refusal::new(StatusCode::BAD_REQUEST, "bad_header", why).hint("percent-encode what is not ASCII"));
     }
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
-    let written = match (text("walcast-ticket"), text("walcast-written")) {
+    let written = text("walcast-written").map(transaction_id).transpose()?;
+    let written = match (text("walcast-ticket"), written) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
-        (None, Some(xid)) => Written::By(xid.parse().ok().filter(|xid| *xid > 0).ok_or_else(|| {
-            Refusal::new(StatusCode::BAD_REQUEST, "bad_transaction_id", format!("`{xid}` is not a transaction id"))
-                .hint("send the result of pg_current_xact_id() of the transaction that wrote")
-        })?),
+        (None, Some(xid)) => Written::By(xid),
         (None, None) => Written::External,
     };
     let negative = is_negative(text("walcast-negative"), &value)?;
@@ -162,7 +160,7 @@ pub async fn put(
 }
 
 /// Headers of a PUT that say what the value is.
-const MEANT: [&str; 5] = ["walcast-ticket", "walcast-written", "walcast-negative", "content-type", "cache-tag"];
+const MEANT: [&str; 6] = ["walcast-ticket", "walcast-written", "walcast-negative", "content-type", "cache-tag", "cache-control"];
 
 /// What comes beyond the limit and is read all the same, so that the connection can be used again.
 const DRAINED_BYTES: usize = 32 << 20;
@@ -260,6 +258,13 @@ pub fn freshness(headers: &HeaderMap) -> Result<Freshness, Refusal> {
     Ok(Freshness::AtLeast(position))
 }
 
+fn transaction_id(text: &str) -> Result<u64, Refusal> {
+    text.parse().ok().filter(|xid| *xid > 0).ok_or_else(|| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_transaction_id", format!("`{text}` is not a transaction id"))
+            .hint("send the result of pg_current_xact_id() of the transaction that wrote")
+    })
+}
+
 fn tags(header: Option<&str>) -> Result<Vec<Tag>, Refusal> {
     let parts = header.unwrap_or_default().split(',').map(str::trim).filter(|part| !part.is_empty());
     parts
@@ -285,20 +290,31 @@ fn is_negative(header: Option<&str>, value: &Bytes) -> Result<bool, Refusal> {
     }
 }
 
-/// Of `Cache-Control`.
+/// Of `Cache-Control`: names in any case, those that are not ours left unread (RFC 9111).
 fn directives(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let lines = headers.get_all(header::CACHE_CONTROL).into_iter().filter_map(|value| value.to_str().ok());
     lines.flat_map(|line| line.split(',')).map(str::trim)
 }
 
 fn max_age(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
-    let mut ages = directives(headers).filter_map(|directive| directive.strip_prefix("max-age="));
-    let Some(age) = ages.next() else { return Ok(None) };
-    let seconds = age.trim_matches('"').parse().map_err(|_| {
-        Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", format!("`max-age={age}` is not a number of seconds"))
-            .hint("Cache-Control: max-age=300")
-    })?;
-    Ok(Some(Duration::from_secs(seconds)))
+    let refused = |why: String| {
+        Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", why)
+            .hint("Cache-Control: max-age=300, or leave it out for the namespace's own")
+    };
+    let mut age = None;
+    for directive in directives(headers) {
+        let (name, value) = directive.split_once('=').map_or((directive, None), |(name, value)| (name, Some(value)));
+        if !name.eq_ignore_ascii_case("max-age") {
+            continue;
+        }
+        let digits = value.unwrap_or_default().trim_matches('"');
+        let seconds = digits.parse().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit()));
+        let seconds = seconds.ok_or_else(|| refused(format!("`{directive}` does not say a number of seconds")))?;
+        if let Some(before) = age.replace(seconds).filter(|before| *before != seconds) {
+            return Err(refused(format!("Cache-Control says max-age={before} and max-age={seconds}")));
+        }
+    }
+    Ok(age.map(Duration::from_secs))
 }
 
 pub fn header_value(text: &str) -> HeaderValue {

@@ -5,7 +5,7 @@
 
 use axum::{
     extract::{Path, State, rejection::PathRejection},
-    http::{HeaderMap, HeaderName, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use walcast_engine::{Lookup, Precondition, Right};
@@ -48,27 +48,31 @@ pub fn precondition(headers: &HeaderMap) -> Result<Precondition, Refusal> {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_precondition", why)
             .hint("send If-Match with the ETag of a GET, or If-None-Match: * to store only what is absent")
     };
-    let (matches, absent) = (headers.get(header::IF_MATCH), headers.get(header::IF_NONE_MATCH));
-    let text = |value: &axum::http::HeaderValue| value.to_str().map(str::trim).map(str::to_owned);
-    match (matches, absent) {
-        (None, None) => Ok(Precondition::None),
-        (Some(_), Some(_)) => Err(wrong("If-Match and If-None-Match say opposite things")),
-        (None, Some(value)) if text(value).is_ok_and(|text| text == "*") => Ok(Precondition::Absent),
-        (None, Some(_)) => Err(wrong("If-None-Match of a PUT is `*`")),
-        (Some(value), None) => {
-            let text = text(value).map_err(|_| wrong("If-Match is not readable"))?;
-            if text == "*" {
-                return Ok(Precondition::Present);
-            }
-            let etags: Vec<_> = text.split(',').map(str::trim).collect();
-            let strong = |etag: &&str| etag.len() >= 2 && etag.starts_with('"') && etag.ends_with('"');
-            // A weak one never matches, says RFC 9110, and a list of nothing but those would only puzzle.
-            if !etags.iter().all(strong) {
-                return Err(wrong("If-Match takes quoted ETags"));
-            }
-            Ok(Precondition::Matches(etags.into_iter().map(Into::into).collect()))
-        }
+    let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or_default().trim());
+    let absent = match text(header::IF_NONE_MATCH) {
+        None => false,
+        Some("*") => true,
+        Some(_) => return Err(wrong("If-None-Match of a PUT is `*`")),
+    };
+    let Some(matches) = text(header::IF_MATCH) else {
+        return Ok(if absent { Precondition::Absent } else { Precondition::None });
+    };
+    let etags: Vec<_> = matches.split(',').map(str::trim).collect();
+    // A weak one never matches, says RFC 9110, and a list of nothing but those would only puzzle.
+    if matches != "*" && !etags.iter().all(|etag| is_strong(etag)) {
+        return Err(wrong("If-Match takes quoted ETags"));
     }
+    match matches {
+        // Both are asked, says RFC 9110, and never are both so.
+        _ if absent => Err(failed()),
+        "*" => Ok(Precondition::Present),
+        _ => Ok(Precondition::Matches(etags.into_iter().map(Into::into).collect())),
+    }
+}
+
+fn is_strong(etag: &str) -> bool {
+    let within = etag.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
+    within.is_some_and(|text| text.bytes().all(|b| b.is_ascii_graphic() && b != b'"'))
 }
 
 pub fn failed() -> Refusal {

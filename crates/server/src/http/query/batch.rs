@@ -15,6 +15,7 @@ use crate::http::{
     App,
     cache::freshness,
     identity::Caller,
+    object::{self, Object},
     query::{cache_status, etag, refused, texts},
     refusal::Refusal,
 };
@@ -26,7 +27,7 @@ const MOST_BYTES: usize = 32 << 20;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Asked {
-    queries: Vec<AskedOne>,
+    queries: Vec<Object<AskedOne>>,
 }
 
 #[derive(Deserialize)]
@@ -68,20 +69,17 @@ pub async fn post(State(app): State<App>, Caller(claims): Caller, headers: Heade
         Refusal::new(StatusCode::BAD_REQUEST, "bad_body", why)
             .hint("send {\"queries\": [{\"name\": \"patient_dashboard\", \"params\": {\"patient_id\": 7}}]}")
     };
-    let asked: Asked = serde_json::from_slice(&body).map_err(|error| {
-        let why = error
-            .to_string()
-            .replace("struct AskedOne", "an object with name, params")
-            .replace("struct Asked", "an object with queries");
-        wrong(format!("the body cannot be read: {why}"))
-    })?;
+    let asked: Asked = object::read(&body).map_err(|error| wrong(format!("the body cannot be read: {error}")))?;
     if asked.queries.len() > MOST_QUERIES {
         return Err(wrong(format!("the request has {} queries; at most {MOST_QUERIES} are answered", asked.queries.len())));
     }
     let freshness = freshness(&headers)?;
     app.engine.can_come(freshness).await?;
-    let (items, known): (Vec<BatchItem>, Vec<Option<String>>) =
-        asked.queries.into_iter().map(|one| (BatchItem { name: one.name, params: texts(one.params) }, one.if_none_match)).unzip();
+    let (items, known): (Vec<BatchItem>, Vec<Option<String>>) = asked
+        .queries
+        .into_iter()
+        .map(|Object(one)| (BatchItem { name: one.name, params: texts(one.params) }, one.if_none_match))
+        .unzip();
     let answers = app.engine.query_batch(&items, &claims, freshness).await;
     let mut bytes = 0;
     let results = answers.iter().zip(&known).map(|(answer, known)| match answer {
