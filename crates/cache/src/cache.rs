@@ -19,12 +19,14 @@ use crate::{
     AtLeast, CacheConfig, Entry, Hearing, Keeping, L2, MissReason, NamespaceConfig, NewValue, Precondition, PutError, Refusal,
     RoomFigures, Selection, Stats, TicketError, Tickets, coarse_clock,
     entry::{Life, now_ms},
+    external::Lines,
     flight::Flights,
     invalidate::Judge,
     l1::L1,
     lease::Leases,
     refresh::Background,
     selections::Touch,
+    soon::Waiting,
     stale::is_over,
     turns::Turns,
 };
@@ -46,6 +48,9 @@ pub(crate) struct Inner {
     /// Who computes what is missing, as far as callers put it themselves.
     pub(crate) first_turns: Turns,
     pub(crate) leases: Leases,
+    /// Puts of values from elsewhere, in their order.
+    pub(crate) lines: Lines,
+    pub(crate) waiting: Waiting,
     /// Does any namespace refresh ahead? Spares all other hits a look.
     pub(crate) refreshes_ahead: bool,
     pub(crate) stats: Arc<Stats>,
@@ -122,6 +127,8 @@ impl Cache {
             turns: Turns::new(config.max_flights),
             first_turns: Turns::new(config.max_flights),
             leases: Leases::new(config.lease),
+            lines: Lines::default(),
+            waiting: Waiting::new(config.max_soon, config.max_soon_bytes),
             refreshes_ahead,
             tickets: Tickets::new(&config.ticket_secret, config.ticket_life),
             epoch: AtomicU32::new(0),
@@ -279,8 +286,11 @@ impl Cache {
         keys.iter().zip(answers).map(|(key, answer)| self.counted(self.or_stale(key, at_least, answer))).collect()
     }
 
-    /// The value was read at `fence`: from its ticket, or from [`Cache::external_fence`].
+    /// The value was read at `fence`: from its ticket, or, without a second tier, from [`Cache::external_fence`].
     pub fn put(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Stored, PutError> {
+        if self.waits(key) {
+            return Err(PutError::MustWait(key.namespace().to_owned()));
+        }
         Ok(self.store(key, self.made(key, value, fence)?))
     }
 
@@ -292,6 +302,9 @@ impl Cache {
         fence: Fence,
         precondition: &Precondition,
     ) -> Result<Stored, PutError> {
+        if self.is_external(key) {
+            return self.put_external(self.arrive_with(key, fence), key, value, precondition).await;
+        }
         let entry = self.made(key, value, fence)?;
         // What only L2 has is there too. It moves up, and is held here in case L1 has no room for it.
         let in_l2 = match precondition {
@@ -305,7 +318,19 @@ impl Cache {
         Ok(self.store_if(key, entry, |there| precondition.is_met(there.or(in_l2.as_deref()))))
     }
 
-    fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
+    /// Whatever of a put can be wrong in itself.
+    pub fn check(&self, key: &CacheKey, value: &NewValue) -> Result<(), PutError> {
+        self.fit(key, value).map(drop)
+    }
+
+    pub(crate) fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
+        let (namespace, ttl) = self.fit(key, &value)?;
+        // Stored or refused, his turn is over.
+        self.give_turn_back(key);
+        Ok(self.entry(key, namespace, value, ttl, fence))
+    }
+
+    fn fit(&self, key: &CacheKey, value: &NewValue) -> Result<(&NamespaceConfig, Duration), PutError> {
         let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
         let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
         let config = &self.0.config;
@@ -318,14 +343,12 @@ impl Cache {
         if !content_type_is_valid(&value.content_type) {
             return Err(PutError::ContentType);
         }
-        // Stored or refused, his turn is over.
-        self.give_turn_back(key);
         let ttl = config.ttl(namespace, value.ttl, value.negative);
         let ttl = ttl.ok_or_else(|| PutError::Negative(key.namespace().to_owned()))?;
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
         }
-        Ok(self.entry(key, namespace, value, ttl, fence))
+        Ok((namespace, ttl))
     }
 
     /// What every entry of the namespace has is added here.
@@ -354,7 +377,7 @@ impl Cache {
         self.store_if(key, entry, |_| true)
     }
 
-    fn store_if(&self, key: &CacheKey, entry: Arc<Entry>, is_met: impl FnOnce(Option<&Entry>) -> bool) -> Stored {
+    pub(crate) fn store_if(&self, key: &CacheKey, entry: Arc<Entry>, is_met: impl FnOnce(Option<&Entry>) -> bool) -> Stored {
         if let Some(refusal) = self.0.judge.refuses(&entry) {
             return self.refused(refusal);
         }
@@ -373,7 +396,8 @@ impl Cache {
         }
         // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
         // because each read judges what it has in hand.
-        if let Some(l2) = self.l2_of(key) {
+        // A value from elsewhere is there already.
+        if let Some(l2) = self.0.l2.as_ref().filter(|_| !self.is_external(key)) {
             l2.write(key, &entry);
         }
         self.give_turn_back(key);
@@ -433,22 +457,28 @@ impl Cache {
     async fn look_l2(&self, keys: &[&CacheKey], at_least: AtLeast) -> Vec<Option<Lookup>> {
         let Some(l2) = &self.0.l2 else { return vec![None; keys.len()] };
         let asked: Vec<&CacheKey> = keys.iter().copied().filter(|key| self.l2_of(key).is_some()).collect();
+        let mut moves = asked.iter().map(|key| self.0.lines.moves(key)).collect::<Vec<u64>>().into_iter();
         let mut read = l2.read(&asked).await.into_iter();
         let mut look = |key: &CacheKey| {
             self.l2_of(key)?;
-            let entry = Arc::new(read.next()??);
+            let (moves, entry) = (moves.next()?, read.next()?);
+            // Put meanwhile from elsewhere, or about to be: the row may be the one before.
+            let is_calm = || self.0.lines.moves(key) == moves;
+            let entry = Arc::new(entry?);
             // The clock is asked now, after the row arrived: whatever the row missed meanwhile, or while L2 was
             // away or we were not running, the clock knows by the row's fence.
             let rank = entry.fence.age_rank();
             match self.judged(&entry, at_least) {
                 Ok(stale) => {
                     l2.note_hit(key);
-                    self.0.l1.put_unless(key, entry.clone(), |there| there.fence.age_rank() >= rank && self.is_valid(there));
+                    let stays = |there: &Entry| there.fence.age_rank() >= rank && self.is_valid(there);
+                    self.0.l1.put_where(key, entry.clone(), |there| is_calm() && !there.is_some_and(stays));
                     Some(Lookup::Hit { entry, tier: Tier::L2, stale })
                 }
                 Err(reason) => {
                     if is_over(reason) && self.is_worth_keeping(self.namespace(key.namespace())?, &entry) {
-                        self.0.l1.put_unless(key, entry, |there| there.fence.age_rank() >= rank || self.is_valid(there));
+                        let stays = |there: &Entry| there.fence.age_rank() >= rank || self.is_valid(there);
+                        self.0.l1.put_where(key, entry, |there| is_calm() && !there.is_some_and(stays));
                     }
                     Some(Lookup::Miss { reason })
                 }
@@ -461,10 +491,13 @@ impl Cache {
         self.look_l2(&[key], at_least).await.pop().flatten()
     }
 
-    /// External values stay in L1: no commit speaks of them, so a write that L2 dropped would let the value before
-    /// it come back as fresh.
     pub(crate) fn l2_of(&self, key: &CacheKey) -> Option<&L2> {
-        self.namespace(key.namespace()).filter(|namespace| !namespace.external).and(self.0.l2.as_ref())
+        self.namespace(key.namespace()).and(self.0.l2.as_ref())
+    }
+
+    /// A put of it waits for L2.
+    pub(crate) fn waits(&self, key: &CacheKey) -> bool {
+        self.0.l2.is_some() && self.is_external(key)
     }
 
     /// Why it is to be marked stale, if it may be answered.
@@ -480,7 +513,7 @@ impl Cache {
     }
 
     /// Would a reader be answered it, fresh or stale?
-    fn is_answered(&self, entry: &Entry) -> bool {
+    pub(crate) fn is_answered(&self, entry: &Entry) -> bool {
         self.is_valid(entry) || self.is_revalidated(entry)
     }
 

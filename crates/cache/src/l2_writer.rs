@@ -1,10 +1,10 @@
 //! The one task that writes values to the cache table, in batches.
 //!
-//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush. It never writes
+//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush or puts a value from elsewhere. It never writes
 //! with a synchronous commit (a dead standby must not stop the cache) and never tries a batch twice: a cache may forget.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, atomic::Ordering},
     time::Instant,
 };
@@ -20,11 +20,25 @@ use tokio_postgres::{
 use walcast_model::{CacheKey, Epoch};
 use walcast_pg::PgError;
 
-use crate::{Entry, l2::Table, lease};
+use crate::{
+    Entry,
+    l2::{Confirmation, Table},
+    lease,
+};
 
 pub(crate) enum Job {
-    Write { key: CacheKey, entry: Arc<Entry>, epoch: Epoch, _room: OwnedSemaphorePermit },
-    Release { hash: [u8; 16], holder: String },
+    Write {
+        key: CacheKey,
+        entry: Arc<Entry>,
+        epoch: Epoch,
+        /// Who waits for it.
+        told: Option<oneshot::Sender<Confirmation>>,
+        _room: OwnedSemaphorePermit,
+    },
+    Release {
+        hash: [u8; 16],
+        holder: String,
+    },
     Flush(oneshot::Sender<()>),
 }
 
@@ -57,7 +71,7 @@ on conflict (hash) do update set
   snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag,
   stale_until = excluded.stale_until, negative = excluded.negative
 where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
-returning 1";
+returning hash";
 
 pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
     let mut next = jobs.recv().await;
@@ -73,8 +87,9 @@ pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
                 let (batch, other) = gather(&table, first, &mut jobs);
                 let rows = batch.len() as u64;
                 if let Ok(written) = table.guarded(table.upsert(&batch), rows).await {
-                    table.stats.l2_written.add(written);
+                    table.stats.l2_written.add(written.len() as u64);
                     table.note_written(&batch);
+                    tell(batch, &written);
                 }
                 next = other;
             }
@@ -91,9 +106,12 @@ fn gather(table: &Table, first: Job, jobs: &mut mpsc::Receiver<Job>) -> (Vec<Job
     let mut batch = Vec::new();
     let mut next = Some(first);
     while let Some(job) = next.take() {
-        let Job::Write { entry, .. } = &job else { return (batch, Some(job)) };
-        bytes += entry.value.len();
-        batch.push(job);
+        let Job::Write { entry, told, .. } = &job else { return (batch, Some(job)) };
+        // Who waited for it has given it up, and said so.
+        if told.as_ref().is_none_or(|told| !told.is_closed()) {
+            bytes += entry.value.len();
+            batch.push(job);
+        }
         if batch.len() < table.config.batch_rows && bytes < table.config.batch_bytes {
             next = jobs.try_recv().ok();
         }
@@ -144,7 +162,8 @@ impl Table {
         Err(error)
     }
 
-    async fn upsert(&self, batch: &[Job]) -> Result<u64, PgError> {
+    /// The hashes of the rows that gave way, or were not there.
+    async fn upsert(&self, batch: &[Job]) -> Result<HashSet<Vec<u8>>, PgError> {
         let rows = newest_of_each_key(batch);
         let digests: Vec<[u8; 16]> = rows.iter().map(|row| row.key.digest()).collect();
         let tags: Vec<String> = rows.iter().map(|row| joined_tags(row.entry)).collect();
@@ -180,7 +199,8 @@ impl Table {
             (&stale_until, Type::INT8_ARRAY),
             (&negative, Type::BOOL_ARRAY),
         ];
-        Ok(self.transaction(UPSERT, &parameters).await?.len() as u64)
+        let written = self.transaction(UPSERT, &parameters).await?;
+        written.iter().map(|row| row.try_get(0).map_err(PgError::when(DOING))).collect()
     }
 
     /// Values may come faster than upkeep looks: it is called when much was written.
@@ -212,6 +232,16 @@ fn newest_of_each_key(batch: &[Job]) -> Vec<Write<'_>> {
         }
     }
     newest.into_values().collect()
+}
+
+/// Those of a batch that failed are told by its end: their senders go with it.
+fn tell(batch: Vec<Job>, written: &HashSet<Vec<u8>>) {
+    for job in batch {
+        if let Job::Write { key, told: Some(told), .. } = job {
+            let is_written = written.contains(&key.digest()[..]);
+            let _ = told.send(if is_written { Confirmation::Written } else { Confirmation::Older });
+        }
+    }
 }
 
 /// No tag holds a control character, so a line break parts them.

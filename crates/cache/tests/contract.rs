@@ -17,7 +17,8 @@ use common::{
     refusal, told, value, world_with,
 };
 use walcast_cache::{
-    AtLeast, Cache, CacheConfig, ComputeOptions, Hearing, L2Config, Lookup, NamespaceConfig, NewValue, PutError, Refusal,
+    AtLeast, Cache, CacheConfig, ComputeOptions, Hearing, L2Config, Lookup, NamespaceConfig, NewValue, Precondition, PutError,
+    Refusal,
 };
 use walcast_model::{Epoch, Fence, Floor, Lsn, Stamp, Tag, Xid};
 use walcast_testkit::{Proxy, TestPostgres};
@@ -85,6 +86,7 @@ const BEHAVIOURS: &[Behaviour] = behaviours![
     a_freshness_that_is_asked_for_is_proven,
     limits_are_kept_at_the_door,
     what_is_computed_is_answered_and_kept,
+    of_a_value_from_elsewhere_there_is_the_last_one_or_none,
 ];
 
 fn config() -> CacheConfig {
@@ -146,6 +148,13 @@ impl Subject {
         let stored = self.world.put(name, text, tags, fence);
         self.flush().await;
         refusal(&stored)
+    }
+
+    async fn put_from_elsewhere(&self, name: &str, text: &str) -> Option<Refusal> {
+        self.disturb();
+        let cache = &self.world.cache;
+        let stored = cache.put_if(&key(name), value(text, &["users"]), cache.external_fence(), &Precondition::None).await;
+        refusal(&stored.unwrap())
     }
 
     async fn flush(&self) {
@@ -413,6 +422,27 @@ async fn limits_are_kept_at_the_door(s: &Subject) -> Outcome {
     s.flush().await;
     s.expect("limits", "miss absent").await?;
     if too_large && too_many && too_brief { Ok(()) } else { Err(format!("{too_large} {too_many} {too_brief}")) }
+}
+
+/// No commit ends such a value, so nothing but the tiers themselves keeps the one before from coming back.
+async fn of_a_value_from_elsewhere_there_is_the_last_one_or_none(s: &Subject) -> Outcome {
+    let name = "external/session";
+    for n in 0..12 {
+        // The stream goes on: what was retired may be put again.
+        let heard = s.world.cache.external_fence().settled.0;
+        s.commit(heard + 100, 1_000 + n, &["somewhere:else"]);
+        let text = format!("session {n}");
+        match s.put_from_elsewhere(name, &text).await {
+            None => s.expect(name, &format!("hit {text}")).await?,
+            Some(Refusal::L2Away) if s.fault != Fault::None => s.ended(name, &text).await?,
+            Some(refusal) => return Err(format!("{text}: {refusal}")),
+        }
+        s.over.borrow_mut().push((name.to_owned(), text));
+    }
+    let last = s.over.borrow_mut().pop().map(|(_, text)| text).unwrap_or_default();
+    let heard = s.world.cache.external_fence().settled.0;
+    s.commit(heard + 100, 2_000, &["users"]);
+    s.ended(name, &last).await
 }
 
 async fn what_is_computed_is_answered_and_kept(s: &Subject) -> Outcome {
