@@ -148,7 +148,7 @@ impl Default for CacheConfig {
             // A herd waits in memory for one computation: a seat costs less than a computation of one's own.
             max_joiners: 16_384,
             max_background: 64,
-            max_soon: 1024,
+            max_soon: 256,
             max_soon_bytes: 32 << 20,
             lease: false,
         }

@@ -253,3 +253,16 @@ async fn what_was_computed_before_a_put_does_not_take_its_place() {
         ("hit put meanwhile".into(), "hit put meanwhile".into())
     );
 }
+
+#[tokio::test]
+async fn p7_what_waits_to_be_stored_is_bounded_in_number_and_bytes() {
+    let w = common::world_with(CacheConfig { max_soon: 2, max_soon_bytes: 10, ..CacheConfig::default() }, None);
+    let (first, second) = (w.cache.soon_room(4).unwrap(), w.cache.soon_room(4).unwrap());
+    assert!(w.cache.soon_room(1).is_none(), "two are too many");
+    drop(second);
+    assert!(w.cache.soon_room(7).is_none(), "too large beside the first");
+    w.cache.soon(w.cache.soon_room(6).unwrap(), std::future::ready(3));
+    until("that one is over", || w.cache.stats().puts_failed.get() == 3).await;
+    until("its room is free", || w.cache.soon_room(6).is_some()).await;
+    drop(first);
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use common::{
     World, computed, fence, key,
     l2::{flush, node, number, patient, postgres},
-    told, value,
+    told,
 };
 use walcast_cache::{AtLeast, ComputeOptions, L2Config, Lookup, Source, Tier};
 use walcast_model::{Epoch, Lsn, Xid};
