@@ -6,6 +6,8 @@
 //!
 //! | question | file |
 //! |---|---|
+//! | what a read is answered, from which tier | `lookup` |
+//! | may this value be stored | `put` |
 //! | why was this entry dropped | `invalidate` |
 //! | how are stampedes stopped | `flight`, `reader`; across processes `lease` |
 //! | what is answered stale, and when | `stale` |
@@ -33,8 +35,10 @@ mod l1;
 mod l2;
 mod l2_writer;
 mod lease;
+mod lookup;
 mod many;
 mod precondition;
+mod put;
 mod reader;
 mod refresh;
 mod refusal;
@@ -49,7 +53,7 @@ mod ticket;
 mod turns;
 mod upkeep;
 
-pub use cache::{Cache, Lookup, Stale, Stored, Tier};
+pub use cache::Cache;
 pub use cleanups::{CleanupDay, LoggedCleanup};
 pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
 pub use config::{CacheConfig, NamespaceConfig, Policy};
@@ -58,8 +62,10 @@ pub use external::Arrival;
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
+pub use lookup::{Lookup, Stale, Tier};
 pub use many::{NewEntry, Preloaded};
 pub use precondition::Precondition;
+pub use put::Stored;
 pub use refusal::{PutError, Refusal};
 pub use selection::{Glob, GlobError, Selection};
 pub use selections::{Keeping, Kept};

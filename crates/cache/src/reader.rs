@@ -19,9 +19,9 @@ use walcast_model::{CacheKey, Lsn};
 use crate::{
     Answer, Arrival, AtLeast, Cache, CacheConfig, ComputeError, ComputeOptions, Computed, Entry, Lookup, NewValue, Precondition,
     Refusal, Source, Stored,
-    cache::content_type_is_valid,
     flight::{Boarding, Departure, Landing},
     lease::Turn,
+    put::content_type_is_valid,
 };
 
 /// After so many landings that a reader could not share he computes for himself.
