@@ -170,7 +170,7 @@ impl Cache {
         Fut: Future<Output = Result<Computed, E>> + Send + 'static,
         E: Clone + Send + Sync + 'static,
     {
-        match self.at_once(key, options, Detach::Can) {
+        match self.at_once(key, options) {
             AtOnce::Fresh(answer) => {
                 if self.is_refresh_due(key, &answer.entry) {
                     self.refresh(key, options, &answer.entry, compute);
@@ -209,33 +209,12 @@ impl Cache {
         self.or_grace(key, options, outcome)
     }
 
-    /// The same for a computation that borrows from its caller. It ends with him, so nothing goes on in the background:
-    /// no soft timeout, no stale answer while it is computed, no refresh ahead.
-    pub async fn get_or_compute_inline<F, Fut, E>(
-        &self,
-        key: &CacheKey,
-        options: &ComputeOptions,
-        compute: F,
-    ) -> Result<Answer, ComputeError<E>>
-    where
-        F: Fn() -> Fut,
-        Fut: Future<Output = Result<Computed, E>>,
-        E: Clone + Send + Sync + 'static,
-    {
-        if let AtOnce::Fresh(answer) = self.at_once(key, options, Detach::Cannot) {
-            return Ok(answer);
-        }
-        let reader = Reader::new(self.unowned(), key.clone(), options.clone());
-        let outcome = reader.in_time(&compute).await;
-        self.or_grace(key, options, outcome)
-    }
-
-    fn at_once(&self, key: &CacheKey, options: &ComputeOptions, detach: Detach) -> AtOnce {
+    fn at_once(&self, key: &CacheKey, options: &ComputeOptions) -> AtOnce {
         if options.force {
             self.0.stats.forced.add(1);
             return AtOnce::Nothing;
         }
-        let may_be_old = detach == Detach::Can && options.may_be_stale();
+        let may_be_old = options.may_be_stale();
         let reason = match self.look_l1(key, options.at_least).map(|hit| self.counted(hit)) {
             Ok(Lookup::Hit { entry, tier, stale: None }) => return AtOnce::Fresh(Answer::of(entry, Source::Tier(tier))),
             // Old by somebody's wish.
@@ -279,11 +258,4 @@ impl Cache {
         }
         Answer { stale: Some(why), ..Answer::of(entry, Source::Tier(Tier::L1)) }
     }
-}
-
-/// Can the computation go on without its reader?
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Detach {
-    Can,
-    Cannot,
 }

@@ -27,6 +27,9 @@ pub struct CacheConfig {
     pub max_joiners: usize,
     /// Computations that go on without their reader, or were begun ahead of one. Past it none is begun.
     pub max_background: usize,
+    /// Values that wait to be stored while their callers go on. Past either bound nobody may go on.
+    pub max_soon: usize,
+    pub max_soon_bytes: usize,
     /// Of all processes that share the cache table one computes a key, and the others wait for its row. Costs a statement
     /// for each computation. A holder who dies delays the others by at most [`CacheConfig::LEASE`].
     pub lease: bool,
@@ -145,6 +148,8 @@ impl Default for CacheConfig {
             // A herd waits in memory for one computation: a seat costs less than a computation of one's own.
             max_joiners: 16_384,
             max_background: 64,
+            max_soon: 256,
+            max_soon_bytes: 32 << 20,
             lease: false,
         }
     }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use tokio::sync::Notify;
-use walcast_model::{Fence, Lsn, Stamp, TagClock, Xid};
+use walcast_model::{CacheKey, Fence, Lsn, Stamp, Tag, TagClock, Xid};
 
 use crate::{
     Entry, Refusal, Selection,
@@ -95,6 +95,8 @@ pub(crate) struct Judge {
     invalidated_to: AtomicU64,
     /// Every commit up to here has raised the tags that its rows say by themselves; some may have more to raise.
     raised_to: AtomicU64,
+    /// Largest LSN that no commit has and that retired a key.
+    retired_to: AtomicU64,
     moved: Notify,
     /// 0 while live.
     lost_since_ms: AtomicU64,
@@ -108,6 +110,7 @@ impl Judge {
             selections: Selections::default(),
             invalidated_to: AtomicU64::new(0),
             raised_to: AtomicU64::new(0),
+            retired_to: AtomicU64::new(0),
             moved: Notify::new(),
             lost_since_ms: AtomicU64::new(now.max(1)),
         }
@@ -250,6 +253,18 @@ impl Judge {
         self.selections.touch(entry) != Touch::Hard && self.clock.admits(&entry.fence, entry.own_hashes())
     }
 
+    /// Ends every entry of the key whose fence was taken before this call, wherever it is and whenever it gets there. Commits
+    /// are longer than a byte, so none has this LSN; a checkpoint takes it along like any other.
+    pub(crate) fn retire(&self, key: &CacheKey) {
+        let stamp = Stamp::unseen(Lsn(self.raised_to().0 + 1));
+        self.retired_to.fetch_max(stamp.lsn.0, Ordering::AcqRel);
+        self.clock.raise(Tag::key(key).hash(), stamp);
+    }
+
+    pub(crate) fn retired_to(&self) -> Lsn {
+        Lsn(self.retired_to.load(Ordering::Acquire))
+    }
+
     /// The fence of a value that does not come from the database.
     pub(crate) fn external_fence(&self) -> Fence {
         // Floor first: if it moves in between, the value is refused rather than believed.
@@ -262,7 +277,7 @@ impl Judge {
 mod tests {
     use std::time::Duration;
 
-    use walcast_model::{CacheKey, Floor, Snapshot, Stamp, Tag};
+    use walcast_model::{Floor, Snapshot};
 
     use super::*;
     use crate::{NewValue, entry::Life};

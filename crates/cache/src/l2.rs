@@ -91,6 +91,16 @@ pub(crate) struct Table {
     reads: Semaphore,
 }
 
+/// What became of a write that somebody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Confirmation {
+    Written,
+    /// The row that is there was read later.
+    Older,
+    /// Nobody knows.
+    None,
+}
+
 const DOING: &str = "reading the cache table";
 /// Keys a statement: bounds what one answer holds in memory.
 const KEYS_A_STATEMENT: usize = 64;
@@ -156,9 +166,24 @@ impl L2 {
 
     /// Queues the entry for the writer; never waits.
     pub(crate) fn write(&self, key: &CacheKey, entry: &Arc<Entry>) {
+        self.queue(key, entry, None);
+    }
+
+    /// Waits until the table has the entry, but no longer than a write may take. Without an answer it may get there
+    /// all the same, later.
+    pub(crate) async fn confirm(&self, key: &CacheKey, entry: &Arc<Entry>) -> Confirmation {
+        let (told, confirmed) = oneshot::channel();
+        self.queue(key, entry, Some(told));
+        match tokio::time::timeout(self.tier.config.write_timeout, confirmed).await {
+            Ok(Ok(confirmation)) => confirmation,
+            Ok(Err(_)) | Err(_) => Confirmation::None,
+        }
+    }
+
+    fn queue(&self, key: &CacheKey, entry: &Arc<Entry>, told: Option<oneshot::Sender<Confirmation>>) {
         let bytes = u32::try_from(entry.weight(key)).unwrap_or(u32::MAX);
         let queued = self.room.clone().try_acquire_many_owned(bytes).ok().and_then(|room| {
-            let job = Job::Write { key: key.clone(), entry: entry.clone(), epoch: self.tier.epoch(), _room: room };
+            let job = Job::Write { key: key.clone(), entry: entry.clone(), epoch: self.tier.epoch(), told, _room: room };
             self.jobs.try_send(job).ok()
         });
         if queued.is_none() {

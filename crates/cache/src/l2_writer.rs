@@ -1,11 +1,11 @@
 //! The one task that writes values to the cache table, in batches.
 //!
-//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush. It never writes
-//! with a synchronous commit (a dead standby must not stop the cache) and never tries a value twice: a cache may forget.
+//! Started by L2, ends with its last handle. Nobody waits for it but who asks for a flush or puts a value from elsewhere. It never
+//! writes with a synchronous commit (a dead standby must not stop the cache) and never tries a value twice: a cache may forget.
 //! A row that somebody's transaction holds costs the others of its batch a short wait, and is dropped alone.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, LazyLock, atomic::Ordering},
     time::Instant,
 };
@@ -21,11 +21,25 @@ use tokio_postgres::{
 use walcast_model::{CacheKey, Epoch};
 use walcast_pg::PgError;
 
-use crate::{Entry, l2::Table, lease};
+use crate::{
+    Entry,
+    l2::{Confirmation, Table},
+    lease,
+};
 
 pub(crate) enum Job {
-    Write { key: CacheKey, entry: Arc<Entry>, epoch: Epoch, _room: OwnedSemaphorePermit },
-    Release { hash: [u8; 16], holder: String },
+    Write {
+        key: CacheKey,
+        entry: Arc<Entry>,
+        epoch: Epoch,
+        /// Who waits for it.
+        told: Option<oneshot::Sender<Confirmation>>,
+        _room: OwnedSemaphorePermit,
+    },
+    Release {
+        hash: [u8; 16],
+        holder: String,
+    },
     Flush(oneshot::Sender<()>),
 }
 
@@ -64,13 +78,13 @@ on conflict (hash) do update set
   snapshot = excluded.snapshot, stored_at = excluded.stored_at, expires_at = excluded.expires_at, etag = excluded.etag,
   stale_until = excluded.stale_until, negative = excluded.negative
 where (excluded.floor, excluded.settled, excluded.snapshot_xmax) >= (c.floor, c.settled, c.snapshot_xmax) or excluded.epoch <> c.epoch
-returning 1"
+returning hash"
     )
 }
 
-/// Answers how many were written, and how many were left.
+/// Answers which were written, and how many were left.
 static UPSERT: LazyLock<String> =
-    LazyLock::new(|| format!("with {VALUES}, written as ({}) select (select count(*) from written), 0::bigint", upsert("v")));
+    LazyLock::new(|| format!("with {VALUES}, written as ({}) select array(select hash from written), 0::bigint", upsert("v")));
 
 /// The same past rows that somebody's transaction holds: one that is there, by its lock; one that is only being made by
 /// `walcast.cache_set`, which nobody sees yet, by the advisory lock that it takes first.
@@ -86,7 +100,7 @@ free as materialized (
   select v.* from v join nobodys using (hash)
   where hash in (select hash from ours) or not exists (select from walcast.cache_entries c where c.hash = v.hash)),
 written as ({})
-select (select count(*) from written), (select count(*) from v) - (select count(*) from free)",
+select array(select hash from written), (select count(*) from v) - (select count(*) from free)",
         upsert("free")
     )
 });
@@ -105,8 +119,9 @@ pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
                 let (batch, other) = gather(&table, first, &mut jobs);
                 let rows = batch.len() as u64;
                 if let Ok(written) = table.guarded(table.upsert(&batch), rows).await {
-                    table.stats.l2_written.add(written);
+                    table.stats.l2_written.add(written.len() as u64);
                     table.note_written(&batch);
+                    tell(batch, &written);
                 }
                 next = other;
             }
@@ -123,9 +138,12 @@ fn gather(table: &Table, first: Job, jobs: &mut mpsc::Receiver<Job>) -> (Vec<Job
     let mut batch = Vec::new();
     let mut next = Some(first);
     while let Some(job) = next.take() {
-        let Job::Write { entry, .. } = &job else { return (batch, Some(job)) };
-        bytes += entry.value.len();
-        batch.push(job);
+        let Job::Write { entry, told, .. } = &job else { return (batch, Some(job)) };
+        // Who waited for it has given it up, and said so.
+        if told.as_ref().is_none_or(|told| !told.is_closed()) {
+            bytes += entry.value.len();
+            batch.push(job);
+        }
         if batch.len() < table.config.batch_rows && bytes < table.config.batch_bytes {
             next = jobs.try_recv().ok();
         }
@@ -176,7 +194,8 @@ impl Table {
         Err(error)
     }
 
-    async fn upsert(&self, batch: &[Job]) -> Result<u64, PgError> {
+    /// The hashes of the rows that gave way, or were not there.
+    async fn upsert(&self, batch: &[Job]) -> Result<HashSet<Vec<u8>>, PgError> {
         let rows = newest_of_each_key(batch);
         let digests: Vec<[u8; 16]> = rows.iter().map(|row| row.key.digest()).collect();
         let tags: Vec<String> = rows.iter().map(|row| joined_tags(row.entry)).collect();
@@ -218,9 +237,10 @@ impl Table {
             }
             answer => answer?,
         };
-        let count = |column: usize| answer.first().map_or(0, |row| row.get::<_, i64>(column) as u64);
-        self.stats.l2_dropped.add(count(1));
-        Ok(count(0))
+        let Some(row) = answer.first() else { return Ok(HashSet::new()) };
+        self.stats.l2_dropped.add(row.get::<_, i64>(1) as u64);
+        let written: Vec<Vec<u8>> = row.try_get(0).map_err(PgError::when(DOING))?;
+        Ok(written.into_iter().collect())
     }
 
     /// Values may come faster than upkeep looks: it is called when much was written.
@@ -252,6 +272,16 @@ fn newest_of_each_key(batch: &[Job]) -> Vec<Write<'_>> {
         }
     }
     newest.into_values().collect()
+}
+
+/// Those of a batch that failed are told by its end: their senders go with it.
+fn tell(batch: Vec<Job>, written: &HashSet<Vec<u8>>) {
+    for job in batch {
+        if let Job::Write { key, told: Some(told), .. } = job {
+            let is_written = written.contains(&key.digest()[..]);
+            let _ = told.send(if is_written { Confirmation::Written } else { Confirmation::Older });
+        }
+    }
 }
 
 /// No tag holds a control character, so a line break parts them.

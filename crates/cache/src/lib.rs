@@ -6,9 +6,13 @@
 //!
 //! | question | file |
 //! |---|---|
+//! | what a read is answered, from which tier | `lookup` |
+//! | may this value be stored | `put` |
 //! | why was this entry dropped | `invalidate` |
 //! | how are stampedes stopped | `flight`, `reader`; across processes `lease` |
 //! | what is answered stale, and when | `stale` |
+//! | how values from elsewhere get into both tiers | `external` |
+//! | what waits to be stored while its caller goes on | `soon` |
 //! | what goes on in the background | `refresh` |
 //! | what leaves a full L1, and who has how much of it | `l1/room`, `l1/plan` |
 //! | what does a hand invalidate that no tag says | `selection`, `selections` |
@@ -23,6 +27,7 @@ mod coarse_clock;
 mod compute;
 mod config;
 mod entry;
+mod external;
 mod flight;
 mod invalidate;
 mod jitter;
@@ -30,13 +35,16 @@ mod l1;
 mod l2;
 mod l2_writer;
 mod lease;
+mod lookup;
 mod many;
 mod precondition;
+mod put;
 mod reader;
 mod refresh;
 mod refusal;
 mod selection;
 mod selections;
+mod soon;
 mod stale;
 mod standalone;
 mod stats;
@@ -45,19 +53,23 @@ mod ticket;
 mod turns;
 mod upkeep;
 
-pub use cache::{Cache, Lookup, Stale, Stored, Tier};
+pub use cache::Cache;
 pub use cleanups::{CleanupDay, LoggedCleanup};
 pub use compute::{Answer, ComputeError, ComputeOptions, Computed, Source};
 pub use config::{CacheConfig, NamespaceConfig, Policy};
 pub use entry::{Entry, NewValue, etag};
+pub use external::Arrival;
 pub use invalidate::{AtLeast, Hearing, MissReason};
 pub use l1::RoomFigures;
 pub use l2::{L2, L2Config};
+pub use lookup::{Lookup, Stale, Tier};
 pub use many::{NewEntry, Preloaded};
 pub use precondition::Precondition;
+pub use put::Stored;
 pub use refusal::{PutError, Refusal};
 pub use selection::{Glob, GlobError, Selection};
 pub use selections::{Keeping, Kept};
+pub use soon::SoonRoom;
 pub use standalone::Hand;
 pub use stats::{Counter, Stats};
 pub use survey::Survey;
@@ -74,6 +86,7 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
     ("cache/0004_tags", include_str!("../sql/0004_tags.sql")),
     ("cache/0004_functions", include_str!("../sql/0004_functions.sql")),
     ("cache/0004_cached", include_str!("../sql/0004_cached.sql")),
+    ("cache/0005_external", include_str!("../sql/0005_external.sql")),
 ];
 
 /// Functions that callers may execute, in schema `walcast`. Each checks the caller's grants at every call.

@@ -4,10 +4,10 @@
 
 use std::future::Future;
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, future::join_all, stream};
 use walcast_model::{CacheKey, Fence};
 
-use crate::{Cache, NewValue, PutError, Stored};
+use crate::{Cache, NewValue, Precondition, PutError, Stored};
 
 /// A value for a key, read at `fence`.
 #[derive(Debug, Clone)]
@@ -32,15 +32,26 @@ const WRITTEN_TOGETHER: usize = 256;
 
 impl Cache {
     /// In the order of the entries, each with an outcome of its own.
-    pub fn put_many(&self, entries: impl IntoIterator<Item = NewEntry>) -> Vec<Result<Stored, PutError>> {
-        entries.into_iter().map(|NewEntry { key, value, fence }| self.put(&key, value, fence)).collect()
+    pub async fn put_many(&self, entries: impl IntoIterator<Item = NewEntry>) -> Vec<Result<Stored, PutError>> {
+        join_all(entries.into_iter().map(|entry| self.put_entry(entry))).await
     }
 
     /// Stores, or counts in `puts_failed` that it could not. For whoever has no use for the outcome.
-    pub fn put_soon(&self, NewEntry { key, value, fence }: NewEntry) {
-        if !matches!(self.put(&key, value, fence), Ok(Stored::Yes { .. })) {
-            self.0.stats.puts_failed.add(1);
+    pub fn put_soon(&self, entry: NewEntry) {
+        if !self.waits(&entry.key) {
+            let NewEntry { key, value, fence } = entry;
+            return self.0.stats.puts_failed.add(not_stored(&self.put(&key, value, fence)) as u64);
         }
+        let Some(room) = self.soon_room(entry.value.value.len()) else { return self.0.stats.puts_failed.add(1) };
+        let (cache, arrival) = (self.unowned(), self.arrive_with(&entry.key, entry.fence));
+        self.soon(
+            room,
+            async move { not_stored(&cache.put_external(arrival, &entry.key, entry.value, &Precondition::None).await) },
+        );
+    }
+
+    async fn put_entry(&self, NewEntry { key, value, fence }: NewEntry) -> Result<Stored, PutError> {
+        self.put_if(&key, value, fence, &Precondition::None).await
     }
 
     /// Fills the cache before readers come. Reads at most `at_once` values at a time, and no faster than L2 writes them.
@@ -52,13 +63,16 @@ impl Cache {
         let mut waiting = 0;
         let mut reads = std::pin::pin!(stream::iter(reads).buffer_unordered(at_once.max(1)));
         while let Some(read) = reads.next().await {
-            match read.map(|NewEntry { key, value, fence }| self.put(&key, value, fence)) {
-                Ok(Ok(Stored::Yes { .. })) => {
+            let Ok(entry) = read else {
+                loaded.failed += 1;
+                continue;
+            };
+            match self.put_entry(entry).await {
+                Ok(Stored::Yes { .. }) => {
                     loaded.stored += 1;
                     waiting += 1;
                 }
-                Ok(_) => loaded.refused += 1,
-                Err(_) => loaded.failed += 1,
+                Ok(Stored::No(_)) | Err(_) => loaded.refused += 1,
             }
             if waiting >= WRITTEN_TOGETHER
                 && let Some(l2) = self.l2()
@@ -69,4 +83,8 @@ impl Cache {
         }
         loaded
     }
+}
+
+fn not_stored(outcome: &Result<Stored, PutError>) -> usize {
+    usize::from(!matches!(outcome, Ok(Stored::Yes { .. })))
 }

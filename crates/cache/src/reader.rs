@@ -17,11 +17,11 @@ use tokio::time::{Instant, sleep, timeout_at};
 use walcast_model::{CacheKey, Lsn};
 
 use crate::{
-    Answer, AtLeast, Cache, CacheConfig, ComputeError, ComputeOptions, Computed, Entry, Lookup, NewValue, Refusal, Source,
-    Stored,
-    cache::content_type_is_valid,
+    Answer, Arrival, AtLeast, Cache, CacheConfig, ComputeError, ComputeOptions, Computed, Entry, Lookup, NewValue, Precondition,
+    Refusal, Source, Stored,
     flight::{Boarding, Departure, Landing},
     lease::Turn,
+    put::content_type_is_valid,
 };
 
 /// After so many landings that a reader could not share he computes for himself.
@@ -141,7 +141,7 @@ impl Reader {
         Fut: Future<Output = Result<Computed, E>>,
     {
         if self.options.force {
-            return Ok(self.keep(compute().await?));
+            return self.computed(compute).await;
         }
         // Who led before us may have landed between our look and our boarding.
         if let Some(answer) = self.usable(self.cache.look_l1(&self.key, self.options.at_least).ok()) {
@@ -155,7 +155,17 @@ impl Reader {
             Turn::Ours(lease) => lease,
             Turn::Answered(answer) => return Ok(*answer),
         };
-        Ok(self.keep(compute().await?))
+        self.computed(compute).await
+    }
+
+    async fn computed<F, Fut, E>(&self, compute: &F) -> Result<Answer, E>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = Result<Computed, E>>,
+    {
+        // Of what is put meanwhile from elsewhere, this reads what was before.
+        let arrival = self.cache.is_external(&self.key).then(|| self.cache.arrive(&self.key));
+        Ok(self.keep(compute().await?, arrival).await)
     }
 
     pub(crate) async fn ask_l2(&self) -> Option<Answer> {
@@ -186,7 +196,7 @@ impl Reader {
         let mut pause = FIRST_PAUSE;
         loop {
             self.cache.0.stats.alone.add(1);
-            let answer = self.keep(compute().await.map_err(ComputeError::Failed)?);
+            let answer = self.computed(compute).await.map_err(ComputeError::Failed)?;
             if self.cache.0.judge.contains(&answer.entry, self.options.at_least) {
                 return Ok(answer);
             }
@@ -214,7 +224,7 @@ impl Reader {
     }
 
     /// Makes the entry, and stores it if it may be stored. Whatever is wrong with it, its reader gets it.
-    fn keep(&self, computed: Computed) -> Answer {
+    async fn keep(&self, computed: Computed, arrival: Option<Arrival>) -> Answer {
         let config = self.cache.config();
         let named = self.cache.namespace(self.key.namespace());
         let namespace = named.unwrap_or(&config.unnamed);
@@ -239,9 +249,10 @@ impl Reader {
         let ttl = ttl.unwrap_or(Duration::ZERO).min(CacheConfig::MAX_TTL);
         let value = NewValue { value, content_type, tags, ttl: Some(ttl), negative };
         let entry = self.cache.entry(&self.key, namespace, value, ttl, fence);
-        let stored = match unfit {
-            Some(refusal) => self.cache.refused(refusal),
-            None => self.cache.store(&self.key, entry.clone()),
+        let stored = match (unfit, arrival) {
+            (Some(refusal), _) => self.cache.refused(refusal),
+            (None, None) => self.cache.store(&self.key, entry.clone()),
+            (None, Some(arrival)) => self.cache.store_external(&arrival, entry.clone(), &Precondition::None).await,
         };
         let refusal = match stored {
             Stored::Yes { .. } => None,

@@ -48,7 +48,7 @@ impl Cache {
         room
     }
 
-    pub(crate) fn go_on(&self, room: OwnedSemaphorePermit, work: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn go_on(&self, room: impl Send + 'static, work: impl Future<Output = ()> + Send + 'static) {
         let Some(background) = &self.1 else { return };
         let mut tasks = background.tasks.lock();
         // What is over leaves the set, so that it holds no more than there is room for.

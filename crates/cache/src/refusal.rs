@@ -21,10 +21,12 @@ pub enum Refusal {
     Negative,
     /// What is there is not what the caller said must be.
     Precondition,
+    /// A value from elsewhere that L2 did not confirm. What was there before is gone.
+    L2Away,
 }
 
 impl Refusal {
-    pub const ALL: [Refusal; 11] = [
+    pub const ALL: [Refusal; 12] = [
         Refusal::Touched,
         Refusal::NotHearing,
         Refusal::FloorMoved,
@@ -36,6 +38,7 @@ impl Refusal {
         Refusal::UnknownNamespace,
         Refusal::Negative,
         Refusal::Precondition,
+        Refusal::L2Away,
     ];
 
     pub fn as_str(self) -> &'static str {
@@ -51,6 +54,7 @@ impl Refusal {
             Refusal::UnknownNamespace => "unknown_namespace",
             Refusal::Negative => "negative_not_kept",
             Refusal::Precondition => "precondition_failed",
+            Refusal::L2Away => "l2_away",
         }
     }
 }
@@ -75,6 +79,8 @@ pub enum PutError {
     ContentType,
     #[error("namespace `{0}` does not keep that there is nothing; set negative_ttl of [cache.namespaces.{0}]")]
     Negative(String),
+    #[error("a value of namespace `{0}` comes from elsewhere and waits for the cache table: put it with put_if or put_external")]
+    MustWait(String),
 }
 
 impl PutError {
@@ -86,6 +92,7 @@ impl PutError {
             PutError::Ttl(_) => "ttl_out_of_range",
             PutError::ContentType => "content_type_invalid",
             PutError::Negative(_) => "negative_not_kept",
+            PutError::MustWait(_) => "must_wait",
         }
     }
 }

@@ -69,7 +69,7 @@ pub struct Stats {
     pub refresh_errors: Counter,
     /// Background computations that were not begun because too many run.
     pub refreshes_full: Counter,
-    /// Values handed in by `put_soon` that the door refused.
+    /// Values that were to be stored while their callers went on, and were not.
     pub puts_failed: Counter,
     /// Computations that waited for another process to compute the same key.
     pub lease_waits: Counter,
@@ -108,6 +108,7 @@ impl Stats {
             ("hits_l2", &self.hits_l2),
             ("stale", &self.stale),
             ("stores", &self.stores),
+            ("puts_failed", &self.puts_failed),
             ("flights", &self.flights),
             ("joins", &self.joins),
             ("leaders_lost", &self.leaders_lost),

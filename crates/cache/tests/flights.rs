@@ -237,8 +237,8 @@ async fn p7_past_its_bounds_a_flight_takes_nobody_aboard_and_everyone_still_gets
 async fn p6_a_value_that_does_not_fit_is_returned_all_the_same() {
     let w = world_with(CacheConfig { max_value_bytes: 3, max_tags: 1, ..CacheConfig::default() }, None);
     let refusal = async |value: Computed| {
-        let compute = || async { Ok::<_, String>(value.clone()) };
-        w.cache.get_or_compute_inline(&key("7"), &options(), compute).await.unwrap().refusal
+        let compute = move || std::future::ready(Ok::<_, String>(value.clone()));
+        w.cache.get_or_compute(&key("7"), &options(), compute).await.unwrap().refusal
     };
     assert_eq!(refusal(computed("four", &[], fence("10:20:", 50))).await, Some(Refusal::TooLarge));
     assert_eq!(refusal(computed("one", &["a", "b"], fence("10:20:", 50))).await, Some(Refusal::TooManyTags));
@@ -290,15 +290,4 @@ async fn a_forced_refresh_shares_only_what_began_after_it_was_asked_for() {
         assert_eq!(text(&reader.await.unwrap()), "begun after");
     }
     assert_eq!(gate.begun(), 2);
-}
-
-#[tokio::test]
-async fn a_computation_may_borrow_from_its_caller_if_it_ends_with_him() {
-    let w = world();
-    let words = ["borrowed".to_owned()];
-    let compute = || async { Ok::<_, String>(computed(&words[0], &[], fence("10:20:", 50))) };
-    let first = w.cache.get_or_compute_inline(&key("7"), &options(), compute).await;
-    assert_eq!(first.as_ref().unwrap().source, Source::Computed);
-    let again = w.cache.get_or_compute_inline(&key("7"), &options(), compute).await;
-    assert_eq!((text(&again), again.unwrap().source), ("borrowed".to_owned(), Source::Tier(walcast_cache::Tier::L1)));
 }

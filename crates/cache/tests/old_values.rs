@@ -410,6 +410,7 @@ async fn many_values_are_put_each_with_its_own_outcome_and_some_without_one() {
         entry("2", "too large", fence("10:30:", 100)),
         entry("3", "old", early()),
     ]);
+    let outcomes = outcomes.await;
     assert!(matches!(&outcomes[..], [Ok(Stored::Yes { .. }), Err(PutError::TooLarge { .. }), Ok(Stored::No(Refusal::Touched))]));
     w.cache.put_soon(entry("4", "four", fence("10:30:", 100)));
     w.cache.put_soon(entry("5", "old", early()));

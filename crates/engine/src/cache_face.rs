@@ -5,8 +5,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use tokio_postgres::types::Type;
-use walcast_cache::{AtLeast, Hearing, Lookup, MissReason, NewValue, Precondition, PutError, Stale, Stored, TicketError};
+use walcast_cache::{
+    Arrival, AtLeast, Hearing, Lookup, MissReason, NewValue, Precondition, PutError, Stale, Stored, TicketError,
+};
 use walcast_model::{CacheKey, Fence, Lsn, Position, Snapshot, TableName, Tag, Xid};
 use walcast_pg::{ColumnFacts, PgError};
 
@@ -21,6 +24,19 @@ pub enum Written {
     By(u64),
     /// Not from this database.
     External,
+}
+
+/// See [`Engine::cache_begin_put`].
+pub struct Put {
+    key: CacheKey,
+    value: NewValue,
+    made_of: MadeOf,
+}
+
+enum MadeOf {
+    Fence(Fence),
+    Elsewhere(Arrival),
+    Write(Xid),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -87,35 +103,46 @@ impl Engine {
         self.core.cache.take_first_turn(key)
     }
 
-    pub async fn cache_put(
-        &self,
-        key: &CacheKey,
-        value: NewValue,
-        written: Written,
-        precondition: &Precondition,
-    ) -> Result<Stored, PutFailure> {
-        let core = &self.core;
-        let namespace = core.cache.namespace(key.namespace());
+    pub async fn cache_put(&self, put: Put, precondition: &Precondition) -> Result<Stored, PutFailure> {
+        self.core.put(put, precondition).await
+    }
+
+    /// Stores them while the caller goes on; who is told that they were taken is not told what became of them. Given back
+    /// if too much waits already.
+    pub fn cache_put_soon<P>(&self, puts: P) -> Result<(), P>
+    where
+        P: AsRef<[Put]> + IntoIterator<Item = Put> + Send + 'static,
+    {
+        let cache = &self.core.cache;
+        let bytes = puts.as_ref().iter().map(|put| put.value.value.len()).sum();
+        let Some(room) = cache.soon_room(bytes) else { return Err(puts) };
+        let core = self.core.clone();
+        let puts: Vec<Put> = puts.into_iter().collect();
+        cache.soon(room, async move {
+            let outcomes = join_all(puts.into_iter().map(|put| core.put(put, &Precondition::None))).await;
+            outcomes.iter().filter(|outcome| !matches!(outcome, Ok(Stored::Yes { .. }))).count()
+        });
+        Ok(())
+    }
+
+    /// A put that came. What is wrong in itself is refused at once; a value from elsewhere has its place behind those of its
+    /// key that came before, whenever it is stored.
+    pub fn cache_begin_put(&self, key: &CacheKey, value: NewValue, written: Written) -> Result<Put, PutFailure> {
+        let cache = &self.core.cache;
+        let namespace = cache.namespace(key.namespace());
         let namespace = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?;
-        let external = namespace.external;
-        let all_tags: Vec<Tag> = value.tags.iter().chain(&namespace.tags).cloned().collect();
-        if let Some(tag) = all_tags.iter().find(|tag| tag.is_companion()) {
+        if let Some(tag) = value.tags.iter().chain(&namespace.tags).find(|tag| tag.is_companion()) {
             let why = "`*` stands for the values that a commit cannot tell; use the tag of a value, or the table's".to_owned();
             return Err(PutFailure::UntrackedTag(tag.clone(), why));
         }
-        let of_tables = if external { Vec::new() } else { core.check_tags(&all_tags).await? };
-        let fence = match written {
-            Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
-            Written::External if external => core.cache.external_fence(),
+        let made_of = match written {
+            Written::Ticket(ticket) => MadeOf::Fence(cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?),
+            Written::External if namespace.external => MadeOf::Elsewhere(cache.arrive(key)),
             Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
-            // The writer of a row holds its lock, so nobody wrote it after him unseen; of other rows he can vouch for nothing.
-            Written::By(_) if of_tables.iter().any(|tag| !tag.one_row) => return Err(PutFailure::ManyRows),
-            Written::By(xid) => {
-                let tags: Vec<Tag> = of_tables.into_iter().map(|of_table| of_table.tag).collect();
-                core.fence_of(Xid(xid), &tags).await?
-            }
+            Written::By(xid) => MadeOf::Write(Xid(xid)),
         };
-        Ok(core.cache.put_if(key, value, fence, precondition).await?)
+        cache.check(key, &value)?;
+        Ok(Put { key: key.clone(), value, made_of })
     }
 
     pub fn position(&self) -> Position {
@@ -133,6 +160,24 @@ impl Core {
             }
             look => look,
         }
+    }
+
+    async fn put(&self, Put { key, value, made_of }: Put, precondition: &Precondition) -> Result<Stored, PutFailure> {
+        let namespace = self.cache.namespace(key.namespace());
+        let namespace = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?;
+        let all_tags: Vec<Tag> = value.tags.iter().chain(&namespace.tags).cloned().collect();
+        let of_tables = if namespace.external { Vec::new() } else { self.check_tags(&all_tags).await? };
+        let fence = match made_of {
+            MadeOf::Elsewhere(arrival) => return Ok(self.cache.put_external(arrival, &key, value, precondition).await?),
+            MadeOf::Fence(fence) => fence,
+            // The writer of a row holds its lock, so nobody wrote it after him unseen; of other rows he can vouch for nothing.
+            MadeOf::Write(_) if of_tables.iter().any(|tag| !tag.one_row) => return Err(PutFailure::ManyRows),
+            MadeOf::Write(xid) => {
+                let tags: Vec<Tag> = of_tables.into_iter().map(|of_table| of_table.tag).collect();
+                self.fence_of(xid, &tags).await?
+            }
+        };
+        Ok(self.cache.put_if(&key, value, fence, precondition).await?)
     }
 
     /// Floor and W first, then the snapshot: what moves in between only makes the fence more careful.

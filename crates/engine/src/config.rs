@@ -62,6 +62,8 @@ impl std::fmt::Debug for AuthConfig {
 #[derive(Debug, Clone)]
 pub struct CacheSettings {
     pub l1_bytes: usize,
+    /// None: the bytes alone bound L1.
+    pub l1_entries: Option<usize>,
     pub max_value_bytes: usize,
     pub default_ttl: Duration,
     pub strict: bool,
@@ -72,6 +74,8 @@ pub struct CacheSettings {
     pub l2_read_timeout: Duration,
     /// Between two full clean-ups of the cache table.
     pub upkeep_every: Duration,
+    /// Of all processes that share the cache table one computes a key, the others wait for its row.
+    pub lease: bool,
     pub deaf: Deaf,
     pub namespaces: HashMap<String, NamespaceSettings>,
 }

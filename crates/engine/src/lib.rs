@@ -47,7 +47,7 @@ use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
 
-pub use cache_face::{PutFailure, Written};
+pub use cache_face::{Put, PutFailure, Written};
 pub use config::EngineConfig;
 pub use freshness::{Freshness, FreshnessError};
 pub use health::{Health, Readiness};
@@ -364,6 +364,8 @@ fn cache_config(config: &EngineConfig) -> CacheConfig {
     namespaces.extend(queries::namespaces(&namespaces));
     CacheConfig {
         l1_bytes: config.cache.l1_bytes as u64,
+        l1_entries: config.cache.l1_entries,
+        lease: config.cache.lease,
         max_value_bytes: config.cache.max_value_bytes,
         default_ttl: config.cache.default_ttl,
         // Of this process: a ticket of the one before is refused, as its snapshot may be from before a crash.

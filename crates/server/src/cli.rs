@@ -68,6 +68,15 @@ pub enum Command {
     #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\nExamples:\n  \
                             walcast tail --table patients\n  walcast tail --table public.orders --event UPDATE --json | jq .record")]
     Tail(TailArgs),
+    /// Drop cached values of a running server
+    #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\n\
+                            Names one thing; --namespace beside --tag, --pattern or --table narrows it. Nothing is answered from before it once this\n\
+                            command ends, on this node, and from the printed position on everywhere.\nExamples:\n  \
+                            walcast invalidate --tag patients:id=7\n  walcast invalidate --tag reports --tag tenant:3 --all-of\n  \
+                            walcast invalidate --namespace fhir_resource --key Patient/7\n  \
+                            walcast invalidate --namespace session --pattern 'user:7:*' --dry-run\n  \
+                            walcast invalidate --table public.orders --soft\n  walcast invalidate --all")]
+    Invalidate(InvalidateArgs),
     /// Show what a named query's answer depends on, and what would make it better
     #[command(
         after_help = "Needs: WALCAST_DATABASE_URL and queries.dir, as for serve. Runs nothing but the plan.\nExamples:\n  \
@@ -178,6 +187,46 @@ pub struct TailArgs {
 }
 
 #[derive(Debug, Clone, Args)]
+pub struct InvalidateArgs {
+    /// The namespace of the keys; with nothing else, all of it
+    #[arg(long, value_name = "NAME")]
+    pub namespace: Option<String>,
+    /// A key of the namespace. May be repeated
+    #[arg(long = "key", value_name = "KEY")]
+    pub keys: Vec<String>,
+    /// A tag: a table's, a row's, or your own. May be repeated
+    #[arg(long = "tag", value_name = "TAG")]
+    pub tags: Vec<String>,
+    /// Only what carries all of the tags; else any of them
+    #[arg(long)]
+    pub all_of: bool,
+    /// Keys like this: `*` is any text, `?` any one character
+    #[arg(long, value_name = "GLOB")]
+    pub pattern: Option<String>,
+    /// Whatever depends on this table or on rows of it
+    #[arg(long, value_name = "TABLE")]
+    pub table: Option<String>,
+    /// Everything, in every namespace
+    #[arg(long)]
+    pub all: bool,
+    /// Count as expired instead: stale where the namespace answers stale, until made anew
+    #[arg(long)]
+    pub soft: bool,
+    /// Say what would go, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// One JSON document instead of lines
+    #[arg(long)]
+    pub json: bool,
+    /// Where the server is; else the running dev, else server.listen
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Ask as the holder of this token instead of as service_role
+    #[arg(long)]
+    pub token: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
     /// Print the reference page of all settings
     #[arg(long)]
@@ -210,7 +259,7 @@ impl SettingFlags {
         if let Some(short) = setting.short_flag() {
             arg = arg.visible_alias(short);
         }
-        if matches!(setting.key, "cache.l2" | "cache.strict") {
+        if setting.is_flag() {
             // With `=` only, so that the word after it stays a word.
             arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true");
         }
@@ -291,6 +340,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Migrate(args) => block_on(commands::migrate::run(settings, args)),
         Command::Check(args) => block_on(commands::check::run(settings, args)),
         Command::Token(args) => commands::token::run(settings, args),
+        Command::Invalidate(args) => block_on(commands::invalidate::run(settings, args)),
         Command::Tail(args) => block_on(commands::tail::run(settings, args)),
         Command::Explain(args) => block_on(commands::explain::run(settings, args)),
         Command::Config(_) => {

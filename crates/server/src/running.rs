@@ -144,6 +144,7 @@ pub fn cache_settings(settings: &Settings) -> CacheSettings {
     let cache = &settings.cache;
     CacheSettings {
         l1_bytes: cache.l1_bytes as usize,
+        l1_entries: cache.l1_entries.map(|most| most as usize),
         max_value_bytes: cache.max_value_bytes as usize,
         default_ttl: cache.default_ttl,
         strict: cache.strict,
@@ -152,6 +153,7 @@ pub fn cache_settings(settings: &Settings) -> CacheSettings {
         l2_max_bytes: cache.l2_max_bytes,
         l2_read_timeout: cache.l2_read_timeout,
         upkeep_every: cache.upkeep_every,
+        lease: cache.lease,
         deaf: match cache.deaf {
             settings::Deaf::Stale => Deaf::Stale,
             settings::Deaf::Compute => Deaf::Compute,

@@ -1,5 +1,7 @@
 //! The commands as a person runs them: the real program, its exit code, what it prints where.
 
+mod support;
+
 use std::{
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
@@ -191,4 +193,38 @@ fn tail_stops_when_it_is_refused() -> anyhow::Result<()> {
     assert_eq!(code, 1);
     assert!(err.contains("signature does not hold") && err.contains("InvalidJWT") && err.contains("hint:"), "{err}");
     Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invalidate_drops_what_is_named_and_says_how_many_and_from_where_on() -> anyhow::Result<()> {
+    let postgres = TestPostgres::start().await?;
+    support::migrate(&postgres, "create table items (id bigint primary key)", &[]).await?;
+    let server = support::Server::start(&postgres, &[]).await?;
+    let reads = support::reads::Reads::service(&server);
+    for id in 1..=3 {
+        let stored = reads.fill(&format!("/cache/v1/n/{id}"), &format!("items:id={id}, round"), async || Ok("x".into())).await?;
+        anyhow::ensure!(stored == "stored");
+    }
+    let directory = tempfile::tempdir()?;
+    let run = |arguments: &[&str]| {
+        let arguments = [&["invalidate", "--url", &server.url][..], arguments].concat();
+        anyhow::Ok(told(&walcast(directory.path(), &arguments).env("WALCAST_JWT_SECRET", support::SECRET).output()?))
+    };
+    let (code, out, err) = run(&["--tag", "round", "--dry-run"])?;
+    assert!(code == 0 && out.contains("would go  3 entries; nothing was done") && out.contains("such as   n/"), "{out}{err}");
+    assert!(reads.get("/cache/v1/n/1").await?.is_hit());
+    let (code, out, err) = run(&["--namespace", "n", "--key", "1"])?;
+    assert!(code == 0 && out.starts_with("invalidated  1 entry\nposition     "), "{out}{err}");
+    assert!(!reads.get("/cache/v1/n/1").await?.is_hit() && reads.get("/cache/v1/n/2").await?.is_hit());
+    let (code, out, err) = run(&["--tag", "round", "--tag", "items:id=3", "--all-of", "--json"])?;
+    assert!(code == 0 && serde_json::from_str::<serde_json::Value>(&out)?["invalidated"] == 1, "{out}{err}");
+    assert!(reads.get("/cache/v1/n/2").await?.is_hit() && !reads.get("/cache/v1/n/3").await?.is_hit());
+    let (code, _, err) = run(&["--table", "nowhere"])?;
+    assert!(code == 1 && err.contains("unknown_table") && err.contains("hint:"), "{err}");
+    let (code, _, err) = run(&["--all", "--token", "x"])?;
+    assert!(code == 1 && err.contains("401"), "{err}");
+    assert_eq!(run(&["--key", "1"])?.0, 2, "a key needs its namespace");
+    assert_eq!(run(&["--all"])?.0, 0);
+    assert!(!reads.get("/cache/v1/n/2").await?.is_hit());
+    server.stop().await
 }

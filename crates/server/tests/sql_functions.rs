@@ -241,7 +241,7 @@ async fn a_role_without_a_grant_is_refused_by_name_and_nobody_reads_the_tables()
             "no right to invalidate in cache namespace \"sql\"",
         ),
         ("authenticated", "select walcast.cache_get('mine', 'k')", "has an entry of its own for each security context"),
-        ("service_role", "select walcast.cache_set('sessions', 'k', '1')", "kept in the memory of Walcast alone"),
+        ("service_role", "select walcast.cache_set('sessions', 'k', '1')", "put and read over HTTP alone"),
         ("service_role", "select walcast.cache_get('query.items', 'k')", "holds what queries keep"),
         ("anon", "select walcast.cached('report()')", "role \"anon\" has no right to read in cache namespace \"sql\""),
         ("authenticated", "select walcast.cached('secret()')", "may not execute public.secret()"),

@@ -53,11 +53,6 @@ impl L1 {
         self.room(key).peek(key).is_some()
     }
 
-    /// Stores unless `keep` says that the entry which is there already must stay.
-    pub(crate) fn put_unless(&self, key: &CacheKey, entry: Arc<Entry>, keep: impl FnOnce(&Entry) -> bool) -> bool {
-        self.put_where(key, entry, |there| !there.is_some_and(keep))
-    }
-
     /// Stores if what is there, or that nothing is, suits.
     pub(crate) fn put_where(&self, key: &CacheKey, entry: Arc<Entry>, suits: impl FnOnce(Option<&Entry>) -> bool) -> bool {
         let room = self.room(key);
@@ -136,6 +131,13 @@ mod tests {
 
     use super::*;
     use crate::{NamespaceConfig, NewValue, entry::Life};
+
+    impl L1 {
+        /// Stores unless `keep` says that the entry which is there already must stay.
+        fn put_unless(&self, key: &CacheKey, entry: Arc<Entry>, keep: impl FnOnce(&Entry) -> bool) -> bool {
+            self.put_where(key, entry, |there| !there.is_some_and(keep))
+        }
+    }
 
     fn entry(key: &CacheKey, bytes: usize) -> Arc<Entry> {
         let value =

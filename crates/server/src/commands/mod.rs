@@ -3,7 +3,9 @@
 pub mod check;
 pub mod dev;
 pub mod explain;
+pub mod invalidate;
 pub mod migrate;
+mod reach;
 pub mod serve;
 pub mod tail;
 pub mod token;

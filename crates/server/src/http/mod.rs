@@ -143,6 +143,7 @@ fn from_any_page() -> CorsLayer {
     let told = [
         "cache-status",
         "walcast-position",
+        "preference-applied",
         "walcast-ticket",
         "walcast-compute",
         "walcast-ttl",

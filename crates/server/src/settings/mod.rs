@@ -21,7 +21,7 @@ pub use layers::{Effective, Inputs, Loaded, load};
 pub use reference::reference;
 pub use secret::Secret;
 pub use tag_rule::TagRuleSettings;
-pub use value::parse_time as parse_duration;
+pub use value::{parse_time as parse_duration, parse_ttl};
 
 use resolved::Resolved;
 use walcast_engine::config::NamespaceSettings;
@@ -65,6 +65,7 @@ pub struct AuthSettings {
 #[derive(Debug, Clone)]
 pub struct CacheSettings {
     pub l1_bytes: u64,
+    pub l1_entries: Option<u64>,
     pub max_value_bytes: u64,
     pub default_ttl: Duration,
     /// Only namespaces that the file names exist.
@@ -76,6 +77,7 @@ pub struct CacheSettings {
     pub l2_max_bytes: u64,
     pub l2_read_timeout: Duration,
     pub upkeep_every: Duration,
+    pub lease: bool,
     pub deaf: Deaf,
     pub namespaces: BTreeMap<String, NamespaceSettings>,
 }
@@ -147,6 +149,7 @@ impl Settings {
             auth: AuthSettings { jwt_secret: from.secret("auth.jwt_secret"), allowed_roles: from.list("auth.allowed_roles") },
             cache: CacheSettings {
                 l1_bytes: from.number("cache.l1_bytes"),
+                l1_entries: from.optional_number("cache.l1_entries"),
                 max_value_bytes: from.number("cache.max_value_bytes"),
                 default_ttl: from.time("cache.default_ttl"),
                 strict: from.flag("cache.strict"),
@@ -156,6 +159,7 @@ impl Settings {
                 l2_max_bytes: from.number("cache.l2_max_bytes"),
                 l2_read_timeout: from.time("cache.l2_read_timeout"),
                 upkeep_every: from.time("cache.upkeep_every"),
+                lease: from.flag("cache.lease"),
                 deaf: if from.text("cache.deaf") == "compute" { Deaf::Compute } else { Deaf::Stale },
                 namespaces,
             },

@@ -33,8 +33,13 @@ impl Resolved {
     }
 
     pub fn number(&mut self, key: &'static str) -> u64 {
+        self.optional_number(key).unwrap_or_else(|| mistyped(key, None))
+    }
+
+    pub fn optional_number(&mut self, key: &'static str) -> Option<u64> {
         match self.0.remove(key) {
-            Some(Value::Number(number)) => number,
+            None => None,
+            Some(Value::Number(number)) => Some(number),
             other => mistyped(key, other),
         }
     }

@@ -79,6 +79,13 @@ pub const SETTINGS: &[Setting] = &[
         "Database roles that a token may name",
     ),
     setting("cache.l1_bytes", BYTES, "64MiB", "256MiB", "Memory for cached values"),
+    setting(
+        "cache.l1_entries",
+        COUNT,
+        "",
+        "100000",
+        "Cached values in memory, however small; without it their bytes alone bound them",
+    ),
     setting("cache.max_value_bytes", BYTES, "1MiB", "1MiB", "Largest value that is cached"),
     setting("cache.default_ttl", Kind::Ttl, "medium", "10m", "Life of an entry whose writer and namespace say nothing"),
     setting("cache.strict", Kind::Flag, "false", "true", "Only namespaces that the file names exist"),
@@ -99,6 +106,13 @@ pub const SETTINGS: &[Setting] = &[
         "1h",
         "1h",
         "How often the cache table is cleaned of what is over, never asked for, or of least use",
+    ),
+    setting(
+        "cache.lease",
+        Kind::Flag,
+        "false",
+        "true",
+        "Where several processes share the cache table, one computes a missing value and the others wait for it",
     ),
     setting(
         "cache.deaf",
@@ -284,6 +298,11 @@ impl Setting {
     /// `cache.l1-bytes`, without the dashes before it.
     pub fn flag(&self) -> String {
         self.key.replace('_', "-")
+    }
+
+    /// True or false: its flag stands alone.
+    pub fn is_flag(&self) -> bool {
+        matches!(self.kind, Kind::Flag)
     }
 
     pub fn short_flag(&self) -> Option<&'static str> {

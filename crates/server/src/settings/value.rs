@@ -243,6 +243,11 @@ fn scaled(amount: &str, factor: u64) -> Option<u64> {
     }
 }
 
+/// `long`, or a time: as an entry's life may be written anywhere.
+pub fn parse_ttl(text: &str) -> Option<Duration> {
+    named_or_time(text)
+}
+
 /// `90m` as one would write it; used by tokens too.
 pub fn parse_time(text: &str) -> Option<Duration> {
     time(text)

@@ -16,14 +16,17 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use futures_util::future::join_all;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
+use serde_json::{json, value::RawValue};
 use walcast_engine::{
-    Entry, Lookup, NewValue, Precondition, PutFailure, Right, Stale, Stored, Written,
+    Entry, Lookup, NewValue, Precondition, Put, PutFailure, Right, Stale, Stored, Written,
     model::{CacheKey, Claims, Tag},
 };
 
-use super::{POSITION, freshness, header_value, now_ms, put_refused, whole};
-use crate::http::{App, identity::Caller, object, pages, refusal::Refusal};
+use super::{POSITION, freshness, header_value, now_ms, put_refused, soon, whole};
+use crate::{
+    http::{App, identity::Caller, object, pages, refusal::Refusal},
+    settings::parse_ttl,
+};
 
 /// Keys of one request.
 const MOST_KEYS: usize = 256;
@@ -80,7 +83,7 @@ pub async fn post(
     freshness(&headers)?;
     let body = read(&app, body).await?;
     let keys = Keys { app: &app, claims: &claims, right, namespace: &namespace };
-    if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &body).await }
+    if right == Right::Read { mget(&keys, &headers, &body).await } else { mset(&keys, &headers, &body).await }
 }
 
 /// What a key takes, though the router sends POST here for each.
@@ -197,10 +200,20 @@ struct New<'a> {
     #[serde(default)]
     tags: Vec<String>,
     ttl_ms: Option<u64>,
-    /// Seconds.
-    ttl: Option<u64>,
+    ttl: Option<Ttl>,
     ticket: Option<String>,
     written: Option<u64>,
+    /// There is nothing, and that is kept.
+    #[serde(default)]
+    negative: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Ttl {
+    Seconds(u64),
+    /// `long`, `90m`.
+    Said(String),
 }
 
 /// `null` is a value too.
@@ -218,7 +231,11 @@ struct Keyed {
 struct Outcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
-    stored: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stored: Option<bool>,
+    /// In place of `stored`, where storing goes on without the caller.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accepted: Option<bool>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     /// What is wrong with the entry, where it is.
@@ -226,42 +243,83 @@ struct Outcome {
     detail: Option<String>,
 }
 
-async fn mset(of: &Keys<'_>, body: &[u8]) -> Result<Response, Refusal> {
+impl Outcome {
+    fn stored(key: String) -> Outcome {
+        Outcome { key: Some(key), stored: Some(true), accepted: None, reason: None, detail: None }
+    }
+
+    fn not_stored(key: String, reason: &str) -> Outcome {
+        Outcome { key: Some(key), stored: Some(false), accepted: None, reason: Some(reason.to_owned()), detail: None }
+    }
+
+    fn refused(key: Option<String>, refusal: &Refusal) -> Outcome {
+        let (reason, detail) = (refusal.0.code.clone(), refusal.0.title.clone());
+        Outcome { key, stored: Some(false), accepted: None, reason: Some(reason), detail: Some(detail) }
+    }
+
+    fn of(key: String, outcome: Result<Stored, PutFailure>) -> Outcome {
+        match outcome {
+            Ok(Stored::Yes { .. }) => Outcome::stored(key),
+            Ok(Stored::No(refusal)) => Outcome::not_stored(key, refusal.as_str()),
+            Err(PutFailure::Ticket(error)) => Outcome::not_stored(key, error.code()),
+            Err(PutFailure::UnknownTransaction(_)) => Outcome::not_stored(key, "unknown_transaction"),
+            Err(error) => Outcome::refused(Some(key), &put_refused(error)),
+        }
+    }
+
+    /// Taken, if nothing is known against it.
+    fn soon(self) -> Outcome {
+        Outcome { accepted: self.stored, stored: None, ..self }
+    }
+}
+
+async fn mset(of: &Keys<'_>, headers: &HeaderMap, body: &[u8]) -> Result<Response, Refusal> {
     let example = "{\"entries\": [{\"key\": \"a\", \"value\": {}, \"ticket\": \"…\"}]}";
     let asked: Mset<'_> = object::read(body).map_err(|error| bad_body(&error, example))?;
     few(asked.entries.len())?;
-    let position = of.app.engine.position();
-    let results: Vec<Outcome> = join_all(asked.entries.iter().map(|raw| put(of, raw))).await;
-    let answer = Json(serde_json::json!({ "results": results }));
-    Ok(([(POSITION, header_value(&position.to_string()))], answer).into_response())
+    let engine = &of.app.engine;
+    let position = engine.position();
+    let (mut results, mut names, mut puts) = (Vec::new(), Vec::new(), Vec::new());
+    for raw in &asked.entries {
+        match begin(of, raw) {
+            Ok((name, put)) => {
+                names.push(name.clone());
+                puts.push(put);
+                results.push(Outcome::stored(name));
+            }
+            Err(outcome) => results.push(outcome),
+        }
+    }
+    if soon::is_preferred(headers) && !puts.is_empty() {
+        match engine.cache_put_soon(puts) {
+            Ok(()) => {
+                let results: Vec<Outcome> = results.into_iter().map(Outcome::soon).collect();
+                return Ok(soon::taken(&position, json!({ "results": results })));
+            }
+            Err(back) => puts = back,
+        }
+    }
+    let outcomes = join_all(puts.into_iter().map(|put| engine.cache_put(put, &Precondition::None))).await;
+    let mut outcomes = names.into_iter().zip(outcomes);
+    for result in results.iter_mut().filter(|result| result.stored == Some(true)) {
+        if let Some((name, outcome)) = outcomes.next() {
+            *result = Outcome::of(name, outcome);
+        }
+    }
+    Ok(([(POSITION, header_value(&position.to_string()))], Json(json!({ "results": results }))).into_response())
 }
 
-async fn put(of: &Keys<'_>, raw: &RawValue) -> Outcome {
-    let refused = |key: Option<String>, refusal: Refusal| Outcome {
-        key,
-        stored: false,
-        reason: Some(refusal.0.code.clone()),
-        detail: Some(refusal.0.title.clone()),
-    };
-    let new: New<'_> = match object::read(raw.get().as_bytes()) {
-        Ok(new) => new,
-        Err(error) => {
-            let key = object::read(raw.get().as_bytes()).ok().map(|keyed: Keyed| keyed.key);
-            return refused(key, bad_entry(format!("the entry cannot be read: {error}")));
-        }
-    };
+/// One entry, or what is wrong with it.
+fn begin(of: &Keys<'_>, raw: &RawValue) -> Result<(String, Put), Outcome> {
+    let new: New<'_> = object::read(raw.get().as_bytes()).map_err(|error| {
+        let key = object::read(raw.get().as_bytes()).ok().map(|keyed: Keyed| keyed.key);
+        Outcome::refused(key, &bad_entry(format!("the entry cannot be read: {error}")))
+    })?;
     let name = new.key.clone();
-    let (key, value, written) = match parts(of, new) {
-        Ok(parts) => parts,
-        Err(refusal) => return refused(Some(name), refusal),
-    };
-    let no = |reason: &str| Outcome { key: Some(name.clone()), stored: false, reason: Some(reason.to_owned()), detail: None };
-    match of.app.engine.cache_put(&key, value, written, &Precondition::None).await {
-        Ok(Stored::Yes { .. }) => Outcome { key: Some(name), stored: true, reason: None, detail: None },
-        Ok(Stored::No(refusal)) => no(refusal.as_str()),
-        Err(PutFailure::Ticket(error)) => no(error.code()),
-        Err(PutFailure::UnknownTransaction(_)) => no("unknown_transaction"),
-        Err(error) => refused(Some(name), put_refused(error)),
+    let (key, value, written) = parts(of, new).map_err(|refusal| Outcome::refused(Some(name.clone()), &refusal))?;
+    match of.app.engine.cache_begin_put(&key, value, written) {
+        Ok(put) => Ok((name, put)),
+        Err(failure) => Err(Outcome::of(name, Err(failure))),
     }
 }
 
@@ -279,14 +337,24 @@ fn parts(of: &Keys<'_>, new: New<'_>) -> Result<(CacheKey, NewValue, Written), R
             let bytes = BASE64_STANDARD.decode(text).map_err(|error| bad_entry(format!("value_base64: {error}")))?;
             (bytes.into(), new.content_type.unwrap_or_else(|| "application/octet-stream".to_owned()))
         }
-        _ => return Err(bad_entry("an entry has either `value` or `value_base64`".to_owned())),
+        (None, None) if new.negative => (Bytes::new(), "application/octet-stream".to_owned()),
+        _ => return Err(bad_entry("an entry has either `value` or `value_base64`, or says `negative`".to_owned())),
     };
+    if new.negative && !value.is_empty() {
+        return Err(bad_entry("the value is said not to exist, and is there".to_owned()));
+    }
     let tags = new.tags.iter().map(|tag| Tag::parse(tag)).collect::<Result<Vec<_>, _>>();
     let tags = tags.map_err(|error| Refusal::new(StatusCode::BAD_REQUEST, "bad_tag", error.to_string()))?;
     let ttl = match (new.ttl_ms, new.ttl) {
-        (Some(_), Some(_)) => return Err(bad_entry("an entry has either `ttl_ms` or `ttl`, in seconds".to_owned())),
+        (Some(_), Some(_)) => return Err(bad_entry("an entry has either `ttl_ms` or `ttl`".to_owned())),
         (Some(ms), None) => Some(Duration::from_millis(ms)),
-        (None, seconds) => seconds.map(Duration::from_secs),
+        (None, Some(Ttl::Seconds(seconds))) => Some(Duration::from_secs(seconds)),
+        (None, Some(Ttl::Said(text))) => Some(parse_ttl(&text).ok_or_else(|| {
+            bad_entry(format!(
+                "`ttl` is {text:?}, and neither seconds, a duration such as 90m, nor short, medium, long or very_long"
+            ))
+        })?),
+        (None, None) => None,
     };
     let written = match (new.ticket, new.written) {
         (Some(_), Some(_)) => return Err(bad_entry("an entry has either `ticket` or `written`".to_owned())),
@@ -294,7 +362,7 @@ fn parts(of: &Keys<'_>, new: New<'_>) -> Result<(CacheKey, NewValue, Written), R
         (None, Some(xid)) => Written::By(xid),
         (None, None) => Written::External,
     };
-    Ok((key, NewValue { value, content_type: content_type.into(), tags, ttl, negative: false }, written))
+    Ok((key, NewValue { value, content_type: content_type.into(), tags, ttl, negative: new.negative }, written))
 }
 
 async fn read(app: &App, body: Body) -> Result<Bytes, Refusal> {

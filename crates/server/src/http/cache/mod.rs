@@ -1,5 +1,5 @@
 //! `/cache/v1/{namespace}/{key}`: GET, PUT, DELETE. [`presence`]: HEAD and preconditions. [`invalidate`]: invalidation by
-//! hand. [`batch`]: many keys at once.
+//! hand. [`batch`]: many keys at once. [`soon`]: storing while the caller goes on.
 //!
 //! A miss answers 404 with a ticket; the value that was then read is put back with it. `Cache-Status` tells on every answer.
 //! Of those who are answered an old value within `stale_while_revalidate`, one has a ticket to put it anew. That there is
@@ -8,6 +8,7 @@
 pub mod batch;
 pub mod invalidate;
 pub mod presence;
+mod soon;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,7 +23,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use serde_json::json;
 use walcast_engine::{
-    Entry, Freshness, Invalidation, Lookup, NewValue, NotStored, PutError, PutFailure, Right, Stale, Stored, Tier, What, Written,
+    Entry, Freshness, Invalidation, Lookup, NewValue, NotStored, Precondition, PutError, PutFailure, Right, Stale, Stored, Tier,
+    What, Written,
     model::{CacheKey, Claims, Tag},
 };
 
@@ -147,7 +149,18 @@ pub async fn put(
     let content_type = text("content-type").unwrap_or("application/octet-stream").into();
     let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(&headers)?, negative };
     let position = app.engine.position();
-    let answer = match app.engine.cache_put(&key, value, written, &presence::precondition(&headers)?).await {
+    let precondition = presence::precondition(&headers)?;
+    // Whoever says what must be there wants to know whether it was.
+    let goes_on = matches!(precondition, Precondition::None) && soon::is_preferred(&headers);
+    let outcome = match app.engine.cache_begin_put(&key, value, written) {
+        Ok(put) if goes_on => match app.engine.cache_put_soon([put]) {
+            Ok(()) => return Ok(soon::taken(&position, json!({ "accepted": true }))),
+            Err([put]) => app.engine.cache_put(put, &precondition).await,
+        },
+        Ok(put) => app.engine.cache_put(put, &precondition).await,
+        Err(failure) => Err(failure),
+    };
+    let answer = match outcome {
         Ok(Stored::Yes { .. }) => json!({ "stored": true }),
         Ok(Stored::No(NotStored::Precondition)) => return Err(presence::failed()),
         Ok(Stored::No(refusal)) => json!({ "stored": false, "reason": refusal.as_str() }),
@@ -198,6 +211,7 @@ fn put_refused(error: PutFailure) -> Refusal {
                 PutError::UnknownNamespace(_) => StatusCode::NOT_FOUND,
                 PutError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
                 PutError::Negative(_) => StatusCode::UNPROCESSABLE_ENTITY,
+                PutError::MustWait(_) => StatusCode::CONFLICT,
                 _ => StatusCode::BAD_REQUEST,
             };
             let hint = match &error {
@@ -206,6 +220,7 @@ fn put_refused(error: PutFailure) -> Refusal {
                 PutError::TooManyTags { .. } => "tag it by the table",
                 PutError::Ttl(_) => "Cache-Control: max-age=300, or leave it out for the namespace's own",
                 PutError::ContentType => "Content-Type: application/json",
+                PutError::MustWait(_) => "put it again",
                 PutError::Negative(_) => "a namespace with a negative_ttl keeps that there is nothing",
             };
             Refusal::new(status, error.code(), text).hint(hint)
