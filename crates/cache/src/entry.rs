@@ -145,7 +145,7 @@ impl Entry {
 
 fn tag_hashes(key: &CacheKey, tags: &[Tag]) -> Box<[TagHash]> {
     let mut hashes = Vec::with_capacity(OWN_TAGS + tags.len() * 2);
-    hashes.extend([Tag::everything().hash(), Tag::namespace(key.namespace()).hash(), Tag::key(key).hash()]);
+    hashes.extend(TagHash::own(key));
     let mut add = |hash: TagHash| {
         if !hashes.contains(&hash) {
             hashes.push(hash);
@@ -153,9 +153,7 @@ fn tag_hashes(key: &CacheKey, tags: &[Tag]) -> Box<[TagHash]> {
     };
     for tag in tags {
         add(tag.hash());
-        if let Some(companion) = tag.companion() {
-            add(companion.hash());
-        }
+        TagHash::companion(tag).into_iter().for_each(&mut add);
     }
     hashes.into()
 }
@@ -168,8 +166,9 @@ pub fn etag(value: &[u8], content_type: &str) -> Arc<str> {
     context.update(value);
     let mut text = String::with_capacity(34);
     text.push('"');
+    let digit = |half: u8| char::from_digit(u32::from(half), 16).unwrap_or('0');
     for byte in &context.finish().as_ref()[..16] {
-        text.push_str(&format!("{byte:02x}"));
+        text.extend([digit(byte >> 4), digit(byte & 15)]);
     }
     text.push('"');
     text.into()

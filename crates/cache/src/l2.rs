@@ -5,7 +5,7 @@
 //! a dropped write left an older row behind: the clock judges every row by its fence when it is read.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, hash_map::Entry as Slot},
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::{
     sync::{Notify, Semaphore, mpsc, oneshot},
@@ -20,7 +21,7 @@ use tokio::{
 };
 use tokio_postgres::{
     Row,
-    types::{PgLsn, Type},
+    types::{PgLsn, ToSql, Type},
 };
 use walcast_model::{CacheKey, Epoch, Fence, Floor, Lsn, Tag};
 use walcast_pg::{PgError, Pool};
@@ -108,9 +109,21 @@ const MAX_HIT_KEYS: usize = 8192;
 /// More of them wait for the next reader, or for their hour.
 const MAX_MET: usize = 1000;
 
-const READ: &str = "
-select hash, namespace, key, value, content_type, tags, floor, settled, snapshot, stored_at, expires_at, etag, stale_until, negative
-from walcast.cache_entries where hash = any($1) and epoch = $2";
+/// The tags as one text: PostgreSQL takes an array apart element by element to send it. No tag holds a line break.
+macro_rules! read_where {
+    ($which:literal) => {
+        concat!(
+            "select hash, namespace, key, value, content_type, array_to_string(tags, E'\\n'), floor, settled, snapshot, \
+             stored_at, expires_at, etag, stale_until, negative \
+             from walcast.cache_entries where epoch = $2 and ",
+            $which
+        )
+    };
+}
+
+/// Apart from many, for which PostgreSQL makes a dearer plan.
+const READ_ONE: &str = read_where!("hash = $1");
+const READ_MANY: &str = read_where!("hash = any($1)");
 
 impl L2 {
     /// The pool should be its own: a reader who waits for a connection counts as slow.
@@ -225,12 +238,14 @@ impl Table {
             self.stats.l2_skipped.add(1);
             return entries;
         };
-        match self.rows(keys, deadline).await {
-            Ok(rows) => {
+        let wanted = Wanted::of(keys);
+        let now = now_ms();
+        let answer = self.rows(&wanted, deadline, |row| self.place(row, &wanted, now, &mut entries)).await;
+        match answer {
+            Ok(()) => {
                 if leave.succeeded() {
                     tracing::info!("the cache table answers again");
                 }
-                rows.iter().for_each(|row| self.place(row, keys, &mut entries));
             }
             Err(error) => {
                 self.stats.l2_errors.add(1);
@@ -242,13 +257,17 @@ impl Table {
         entries
     }
 
-    async fn rows(&self, keys: &[&CacheKey], deadline: tokio::time::Instant) -> Result<Vec<Row>, PgError> {
+    async fn rows(&self, wanted: &Wanted<'_>, deadline: tokio::time::Instant, place: impl FnMut(&Row)) -> Result<(), PgError> {
         let slow = || PgError::Away { doing: DOING, source: "no answer within `read_timeout`".into() };
-        let digests: Vec<[u8; 16]> = keys.iter().map(|key| key.digest()).collect();
-        let hashes: Vec<&[u8]> = digests.iter().map(|digest| &digest[..]).collect();
         let epoch = self.epoch().to_string();
         let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
-        let answer = timeout_at(deadline, lease.query_kept(READ, &[(&hashes, Type::BYTEA_ARRAY), (&epoch, Type::TEXT)])).await;
+        let hashes: Vec<&[u8]> = wanted.0.iter().map(|(digest, ..)| &digest[..]).collect();
+        let (statement, which): (_, (&(dyn ToSql + Sync), Type)) = match &hashes[..] {
+            [one] => (READ_ONE, (one, Type::BYTEA)),
+            _ => (READ_MANY, (&hashes, Type::BYTEA_ARRAY)),
+        };
+        let parameters = [which, (&epoch, Type::TEXT)];
+        let answer = timeout_at(deadline, lease.query_kept(statement, &parameters, place)).await;
         match answer {
             Ok(rows) => rows.map_err(PgError::when(DOING)),
             Err(_) => {
@@ -261,9 +280,10 @@ impl Table {
 
     pub(crate) fn note_hit(&self, key: &CacheKey) {
         let mut hits = self.hits.lock();
-        let digest = key.digest();
-        if hits.len() < MAX_HIT_KEYS || hits.contains_key(&digest) {
-            *hits.entry(digest).or_default() += 1;
+        let full = hits.len() >= MAX_HIT_KEYS;
+        match hits.entry(key.digest()) {
+            Slot::Vacant(_) if full => {}
+            slot => *slot.or_default() += 1,
         }
     }
 
@@ -276,22 +296,40 @@ impl Table {
     }
 
     /// Puts the row to the keys that it is for: the full key decides, the hash only found it.
-    fn place(&self, row: &Row, keys: &[&CacheKey], entries: &mut [Option<Entry>]) {
-        let names = |row: &Row| Ok::<_, tokio_postgres::Error>((row.try_get::<_, String>(1)?, row.try_get::<_, String>(2)?));
-        let Ok((namespace, key_text)) = names(row) else {
+    fn place(&self, row: &Row, wanted: &Wanted<'_>, now: u64, entries: &mut [Option<Entry>]) {
+        let text = |column| row.try_get::<_, &str>(column);
+        let (Ok(hash), Ok(namespace), Ok(key_text)) = (row.try_get(0), text(1), text(2)) else {
             self.stats.l2_errors.add(1);
             return;
         };
-        for (key, place) in keys.iter().zip(entries) {
+        for (key, place) in wanted.with_hash(hash) {
             if key.namespace() == namespace && key.key() == key_text {
-                *place = decode(row, key);
-                match place {
-                    Some(entry) if entry.stale_until <= now_ms() => self.note_over(key),
+                let entry = decode(row, key);
+                match &entry {
+                    Some(entry) if entry.stale_until <= now => self.note_over(key),
                     Some(_) => {}
                     None => self.stats.l2_errors.add(1),
                 }
+                entries[place] = entry;
             }
         }
+    }
+}
+
+/// The keys of one statement, each with its place in the answer, in the order of their hashes.
+struct Wanted<'a>(Vec<([u8; 16], usize, &'a CacheKey)>);
+
+impl<'a> Wanted<'a> {
+    fn of(keys: &[&'a CacheKey]) -> Wanted<'a> {
+        let mut wanted: Vec<_> = keys.iter().enumerate().map(|(place, key)| (key.digest(), place, *key)).collect();
+        wanted.sort_unstable_by_key(|(digest, ..)| *digest);
+        Wanted(wanted)
+    }
+
+    /// More than one if a key was asked for twice, or two share a hash.
+    fn with_hash<'w>(&'w self, hash: &'w [u8]) -> impl Iterator<Item = (&'a CacheKey, usize)> + 'w {
+        let first = self.0.partition_point(|(digest, ..)| &digest[..] < hash);
+        self.0[first..].iter().take_while(move |(digest, ..)| &digest[..] == hash).map(|(_, place, key)| (*key, *place))
     }
 }
 
@@ -302,7 +340,7 @@ fn unix_ms(row: &Row, column: usize) -> Option<u64> {
 
 /// None if the row is not as we write them: somebody else's hand was in the table.
 fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
-    let tags: Vec<&str> = row.try_get(5).ok()?;
+    let tags: &str = row.try_get(5).ok()?;
     let settled = Lsn(row.try_get::<_, PgLsn>(7).ok()?.into());
     let fence = Fence {
         snapshot: row.try_get::<_, &str>(8).ok()?.parse().ok()?,
@@ -310,9 +348,9 @@ fn decode(row: &Row, key: &CacheKey) -> Option<Entry> {
         floor: Floor(u64::try_from(row.try_get::<_, i64>(6).ok()?).ok()?),
     };
     let value = NewValue {
-        value: row.try_get::<_, Vec<u8>>(3).ok()?.into(),
+        value: Bytes::copy_from_slice(row.try_get(3).ok()?),
         content_type: row.try_get::<_, &str>(4).ok()?.into(),
-        tags: tags.into_iter().map(Tag::stored).collect(),
+        tags: tags.split('\n').filter(|tag| !tag.is_empty()).map(Tag::stored).collect(),
         ttl: None,
         negative: row.try_get(13).ok()?,
     };

@@ -96,13 +96,16 @@ impl Cache {
 
     /// Judged, not counted. What is over leaves L1, unless the namespace may answer it stale.
     pub(crate) fn look_l1(&self, key: &CacheKey, at_least: AtLeast) -> Result<Lookup, MissReason> {
-        let namespace = self.namespace(key.namespace()).ok_or(MissReason::UnknownNamespace)?;
-        let entry = self.0.l1.get(key).ok_or(MissReason::Absent)?;
+        // What is there was put under a namespace that the config allows: only a miss, or an entry that is over, asks for it.
+        let namespace = || self.namespace(key.namespace()).ok_or(MissReason::UnknownNamespace);
+        let Some(entry) = self.0.l1.get(key) else {
+            return Err(namespace().map_or_else(|unknown| unknown, |_| MissReason::Absent));
+        };
         let reason = match self.judged(&entry, at_least) {
             Ok(stale) => return Ok(Lookup::Hit { entry, tier: Tier::L1, stale }),
             Err(reason) => reason,
         };
-        if is_over(reason) && !self.is_worth_keeping(namespace, &entry) {
+        if is_over(reason) && !self.is_worth_keeping(namespace()?, &entry) {
             self.0.l1.remove(key, &entry);
         }
         Err(reason)

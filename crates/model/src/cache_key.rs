@@ -9,17 +9,47 @@ use std::{
     sync::{Arc, LazyLock},
 };
 
+use arrayvec::ArrayString;
+
 use crate::pg_hash;
 
-/// One text and its hash, so that a clone is one counter and a look-up hashes nothing.
+/// One text and its hash, so that a look-up hashes nothing.
 #[derive(Debug, Clone)]
 pub struct CacheKey {
     /// `namespace/key`: a namespace holds no slash.
-    text: Arc<str>,
+    text: Text,
     namespace_len: u8,
     /// So many bytes at the end are not what was asked for but its context.
     context_len: u8,
     hash: u64,
+}
+
+/// A usual key lies in the struct itself: making one allocates nothing, and comparing it with the one that a tier holds
+/// follows no pointer, which is most of what a hit costs where memory is cold.
+#[derive(Debug, Clone)]
+enum Text {
+    Short(ArrayString<{ CacheKey::SHORT_BYTES }>),
+    Long(Arc<str>),
+}
+
+impl Text {
+    fn of(parts: [&str; 3]) -> Text {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
+        if len > CacheKey::SHORT_BYTES {
+            return Text::Long(parts.concat().into());
+        }
+        let mut short = ArrayString::new();
+        parts.iter().for_each(|part| short.push_str(part));
+        Text::Short(short)
+    }
+
+    #[inline]
+    fn as_str(&self) -> &str {
+        match self {
+            Text::Short(text) => text,
+            Text::Long(text) => text,
+        }
+    }
 }
 
 /// Keyed by chance in each process: callers choose their keys, and must not be able to choose which ones collide.
@@ -44,6 +74,8 @@ const CONTEXT_LEN: u8 = 33;
 
 impl CacheKey {
     pub const MAX_CHARS: usize = 512;
+    /// With its length, one cache line.
+    const SHORT_BYTES: usize = 60;
 
     pub fn new(namespace: &str, key: &str) -> Result<CacheKey, CacheKeyError> {
         let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
@@ -52,6 +84,10 @@ impl CacheKey {
         }
         if key.is_empty() {
             return Err(CacheKeyError::Empty);
+        }
+        // Most keys are short and of ASCII alone: one look at each byte says all.
+        if key.len() <= CacheKey::MAX_CHARS && key.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+            return Ok(CacheKey::of(namespace, key, 0));
         }
         let chars = key.chars().count();
         if chars > CacheKey::MAX_CHARS {
@@ -64,12 +100,9 @@ impl CacheKey {
     }
 
     fn of(namespace: &str, key: &str, context_len: u8) -> CacheKey {
-        let mut text = String::with_capacity(namespace.len() + 1 + key.len());
-        text.push_str(namespace);
-        text.push('/');
-        text.push_str(key);
-        let hash = HASHER.hash_one(text.as_bytes());
-        CacheKey { text: text.into(), namespace_len: namespace.len() as u8, context_len, hash }
+        let text = Text::of([namespace, "/", key]);
+        let hash = HASHER.hash_one(text.as_str().as_bytes());
+        CacheKey { text, namespace_len: namespace.len() as u8, context_len, hash }
     }
 
     /// The full text of [`CacheKey::key`] as a tier kept it.
@@ -92,15 +125,16 @@ impl CacheKey {
     }
 
     pub fn namespace(&self) -> &str {
-        &self.text[..usize::from(self.namespace_len)]
+        &self.text.as_str()[..usize::from(self.namespace_len)]
     }
 
     /// The full text, context included: what tells entries apart.
     pub fn key(&self) -> &str {
-        &self.text[usize::from(self.namespace_len) + 1..]
+        &self.text.as_str()[usize::from(self.namespace_len) + 1..]
     }
 
     /// Made once, well mixed, of this process only.
+    #[inline]
     pub fn hash64(&self) -> u64 {
         self.hash
     }
@@ -114,20 +148,22 @@ impl CacheKey {
     /// 16 bytes that name the key in the L2 table; the full key is kept beside them for the check.
     /// In SQL: `walcast.cache_hash(namespace, key)`.
     pub fn digest(&self) -> [u8; 16] {
-        let [high, low] = [1, 2].map(|seed| u128::from(pg_hash::hash(self.text.as_bytes(), seed)));
+        let [high, low] = [1, 2].map(|seed| u128::from(pg_hash::hash(self.text.as_str().as_bytes(), seed)));
         (high << 64 | low).to_be_bytes()
     }
 }
 
 impl PartialEq for CacheKey {
+    #[inline]
     fn eq(&self, other: &CacheKey) -> bool {
-        self.hash == other.hash && self.text == other.text
+        self.hash == other.hash && self.text.as_str() == other.text.as_str()
     }
 }
 
 impl Eq for CacheKey {}
 
 impl Hash for CacheKey {
+    #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {
         state.write_u64(self.hash);
     }
@@ -161,6 +197,13 @@ mod tests {
         assert_eq!((key.namespace(), key.key(), key.to_string().as_str()), ("patients", "summary/7", "patients/summary/7"));
         let same = CacheKey::new("patients", "summary/7").unwrap();
         assert_eq!((&same, same.hash64()), (&key, key.hash64()));
+        let longer = "s".repeat(CacheKey::SHORT_BYTES);
+        for len in [CacheKey::SHORT_BYTES - 10, CacheKey::SHORT_BYTES - 9, CacheKey::SHORT_BYTES - 8] {
+            let key = CacheKey::new("patients", &longer[..len]).unwrap();
+            assert_eq!((key.namespace(), key.key()), ("patients", &longer[..len]));
+            assert_eq!(key, key.clone());
+            assert_ne!(key, CacheKey::new("patients", &longer[1..len]).unwrap());
+        }
         for (namespace, text) in [("patients", "summary/8"), ("patient", "summary/7"), ("patients", "s")] {
             assert_ne!(CacheKey::new(namespace, text).unwrap(), key);
         }

@@ -13,6 +13,8 @@
 
 use std::{fmt, sync::Arc};
 
+use arrayvec::ArrayString;
+
 use crate::{CacheKey, TableName, pg_hash};
 
 /// A tag's place in the clock. Stored hashes depend on [`TagHash::VERSION`].
@@ -102,16 +104,16 @@ impl Tag {
     }
 
     pub fn namespace(namespace: &str) -> Tag {
-        Tag(format!("~ns:{namespace}").into())
+        Tag(namespace_parts(namespace).concat().into())
     }
 
     /// Of what was asked for, so that it drops the entry in every context.
     pub fn key(key: &CacheKey) -> Tag {
-        Tag(format!("~key:{}:{}", key.namespace(), key.asked()).into())
+        Tag(key_parts(key).concat().into())
     }
 
     pub fn everything() -> Tag {
-        Tag("~all".into())
+        Tag(EVERYTHING.into())
     }
 
     /// A tag as an application writes it.
@@ -171,11 +173,15 @@ impl Tag {
     /// What an entry with this tag must carry too: a row tag also falls with the unknown rows of its column, a rule's tag
     /// with the unknown values of its word.
     pub fn companion(&self) -> Option<Tag> {
+        Some(Tag(self.companion_parts()?.concat().into()))
+    }
+
+    fn companion_parts(&self) -> Option<[&str; 4]> {
         if let Some((word, rest)) = self.word_parts() {
-            return (rest != "*").then(|| Tag::any_of(word));
+            return (rest != "*").then_some([word, ":*", "", ""]);
         }
         let (table, column, value) = self.row_parts()?;
-        (value != "*").then(|| Tag(format!("{table}:{column}=*").into()))
+        (value != "*").then_some([table, ":", column, "=*"])
     }
 
     /// `product:*` and `patients:id=*` are raised where a value is unknown, and only then: an entry that carried one
@@ -201,6 +207,36 @@ impl Tag {
     pub fn hash(&self) -> TagHash {
         TagHash(pg_hash::hash(self.0.as_bytes(), 0))
     }
+}
+
+/// The same as [`Tag::hash`] of tags that nobody needs but for their hash: every entry has some, whichever tier it is from.
+impl TagHash {
+    /// Of [`Tag::everything`], [`Tag::namespace`] and [`Tag::key`].
+    pub fn own(key: &CacheKey) -> [TagHash; 3] {
+        [hash_of(&[EVERYTHING]), hash_of(&namespace_parts(key.namespace())), hash_of(&key_parts(key))]
+    }
+
+    /// Of [`Tag::companion`].
+    pub fn companion(tag: &Tag) -> Option<TagHash> {
+        tag.companion_parts().map(|parts| hash_of(&parts))
+    }
+}
+
+const EVERYTHING: &str = "~all";
+
+fn namespace_parts(namespace: &str) -> [&str; 2] {
+    ["~ns:", namespace]
+}
+
+fn key_parts(key: &CacheKey) -> [&str; 4] {
+    ["~key:", key.namespace(), ":", key.asked()]
+}
+
+/// Of the parts' text, which is put together on the stack where it fits.
+fn hash_of(parts: &[&str]) -> TagHash {
+    let mut text = ArrayString::<128>::new();
+    let fits = parts.iter().all(|part| text.try_push_str(part).is_ok());
+    TagHash(if fits { pg_hash::hash(text.as_bytes(), 0) } else { pg_hash::hash(parts.concat().as_bytes(), 0) })
 }
 
 impl fmt::Display for Tag {
@@ -255,6 +291,22 @@ fn push_percent(text: &mut String, c: char) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_hash_made_without_its_tag_is_the_tag_s_own() {
+        for key in ["7".to_owned(), "k".repeat(110), "k".repeat(111), "é".repeat(500)] {
+            let asked = CacheKey::new("clinic", &key).unwrap();
+            for key in [&asked, &asked.in_context(7)] {
+                let tags = [Tag::everything(), Tag::namespace("clinic"), Tag::key(key)];
+                assert_eq!(TagHash::own(key), tags.map(|tag| tag.hash()));
+            }
+        }
+        let long = format!("t:{}=7", "c".repeat(200));
+        for text in ["patients", "patients:id=7", "patients:id=*", "product:7", "product:*", "~ns:x:y", &long] {
+            let tag = Tag::stored(text);
+            assert_eq!(TagHash::companion(&tag), tag.companion().map(|companion| companion.hash()), "{text}");
+        }
+    }
 
     #[test]
     fn forms() {

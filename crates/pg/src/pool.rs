@@ -5,11 +5,12 @@
 
 use std::{
     ops::{Deref, DerefMut},
+    pin::pin,
     time::Duration,
 };
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
-
+use futures_util::TryStreamExt;
 use tokio_postgres::{
     Row,
     types::{ToSql, Type},
@@ -77,15 +78,25 @@ impl Pool {
 
 impl Lease {
     /// For the few statements that are asked all day: where no pooler is in between they are parsed and planned once a
-    /// connection.
-    pub async fn query_kept(&self, sql: &str, params: &[(&(dyn ToSql + Sync), Type)]) -> Result<Vec<Row>, tokio_postgres::Error> {
-        if !self.direct {
-            return self.query_typed(sql, params).await;
+    /// connection. Each row is handed over as it comes, while PostgreSQL goes on sending.
+    pub async fn query_kept(
+        &self,
+        sql: &str,
+        params: &[(&(dyn ToSql + Sync), Type)],
+        mut each: impl FnMut(&Row),
+    ) -> Result<(), tokio_postgres::Error> {
+        let rows = if self.direct {
+            let types: Vec<Type> = params.iter().map(|(_, kind)| kind.clone()).collect();
+            let statement = self.object.prepare_typed_cached(sql, &types).await?;
+            self.object.query_raw(&statement, params.iter().map(|(value, _)| *value)).await?
+        } else {
+            self.query_typed_raw(sql, params.iter().map(|(value, kind)| (*value, kind.clone()))).await?
+        };
+        let mut rows = pin!(rows);
+        while let Some(row) = rows.as_mut().try_next().await? {
+            each(&row);
         }
-        let types: Vec<Type> = params.iter().map(|(_, kind)| kind.clone()).collect();
-        let statement = self.object.prepare_typed_cached(sql, &types).await?;
-        let values: Vec<&(dyn ToSql + Sync)> = params.iter().map(|(value, _)| *value).collect();
-        self.object.query(&statement, &values).await
+        Ok(())
     }
 
     /// Closes the connection instead of giving it back: its session is in a state nobody should meet. What still runs on
