@@ -385,7 +385,7 @@ fn percent(pages: u64) -> f32 {
 
 /// A row that is not a key of ours is left where it is.
 fn keys(rows: &[Row]) -> Vec<CacheKey> {
-    let key = |row: &Row| CacheKey::new(row.try_get(0).ok()?, row.try_get(1).ok()?).ok();
+    let key = |row: &Row| CacheKey::stored(row.try_get(0).ok()?, row.try_get(1).ok()?).ok();
     rows.iter().filter_map(key).collect()
 }
 

@@ -19,8 +19,8 @@ pub enum Written {
     Ticket(String),
     /// The application's own write: contains this transaction.
     By(u64),
-    /// Not from this database.
-    External,
+    /// The caller did not say: good only where the namespace's values are not from this database.
+    Unsaid,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -61,12 +61,7 @@ impl Engine {
 
     /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
     pub async fn cache_ticket(&self, key: &CacheKey) -> Option<String> {
-        // While commits are not heard nothing is stored, and a database that hangs must not make a miss wait.
-        if self.core.cache.hearing() != Hearing::Live {
-            return None;
-        }
-        let fence = tokio::time::timeout(TICKET_WAIT, self.core.fence()).await.ok()?.ok()?;
-        Some(self.core.cache.issue_ticket(&fence, key))
+        self.cache_tickets(&[key]).await.pop().flatten()
     }
 
     /// The same for one of those who were answered a stale entry: he computes it, the others need not. For 10 seconds, or
@@ -106,8 +101,8 @@ impl Engine {
         let of_tables = if external { Vec::new() } else { core.check_tags(&all_tags).await? };
         let fence = match written {
             Written::Ticket(ticket) => core.cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?,
-            Written::External if external => core.cache.external_fence(),
-            Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
+            Written::Unsaid if external => core.cache.external_fence(),
+            Written::Unsaid => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
             // The writer of a row holds its lock, so nobody wrote it after him unseen; of other rows he can vouch for nothing.
             Written::By(_) if of_tables.iter().any(|tag| !tag.one_row) => return Err(PutFailure::ManyRows),
             Written::By(xid) => {
@@ -150,6 +145,15 @@ impl Core {
         let fence = Fence { snapshot: sample.snapshot, settled, floor };
         *self.shared_fence.lock() = Some((fence.clone(), sample.taken_at));
         Ok(fence)
+    }
+
+    /// For a ticket. None while commits are not heard, since nothing is stored then, or if a database that hangs would
+    /// make a miss wait.
+    pub(crate) async fn fence_in_time(&self) -> Option<Fence> {
+        if self.cache.hearing() != Hearing::Live {
+            return None;
+        }
+        tokio::time::timeout(TICKET_WAIT, self.fence()).await.ok()?.ok()
     }
 
     /// Waits for the stream where the read asks for it. None: it did not come.

@@ -160,9 +160,10 @@ async fn keys_headers_and_bodies_that_cannot_be_are_refused_one_by_one() -> Resu
     refused("an endless tag", put(&good).header("cache-tag", "t".repeat(5000)), 400, "bad_tag").await?;
     // Taken for none, the value would be kept without its tags, and the read answered without its freshness.
     let bytes = || reqwest::header::HeaderValue::from_bytes(b"notes:id=\xc3\xa9").unwrap();
-    for name in ["cache-tag", "walcast-written", "content-type"] {
+    for name in ["cache-tag", "walcast-written", "content-type", "cache-control"] {
         refused(name, put(&good).header(name, bytes()), 400, "bad_header").await?;
     }
+    refused("a second line of tags", put(&good).header("cache-tag", "notes").header("cache-tag", bytes()), 400, "bad_header").await?;
     let get = |value| http.get(at("n/k")).bearer_auth(&service).header("walcast-at-least", value);
     refused("a freshness that cannot be read", get(bytes()), 400, "bad_position").await?;
     refused("transaction 0", get(reqwest::header::HeaderValue::from_static("0")), 400, "bad_position").await?;

@@ -54,7 +54,7 @@ pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: By
         wrong("bad_body", format!("the body cannot be read: {why}"))
     })?;
     let invalidation = understood(&app, &claims, &asked)?;
-    if asked.dry_run { surveyed(&app, &invalidation).await } else { invalidated(&app, &invalidation).await }
+    if asked.dry_run { surveyed(&app, &claims, &invalidation).await } else { invalidated(&app, &invalidation).await }
 }
 
 fn wrong(code: &str, why: impl Into<String>) -> Refusal {
@@ -125,11 +125,14 @@ pub async fn invalidated(app: &App, asked: &Invalidation) -> Result<Response, Re
     Ok(([(POSITION, header_value(&position))], Json(answer)).into_response())
 }
 
-async fn surveyed(app: &App, asked: &Invalidation) -> Result<Response, Refusal> {
+async fn surveyed(app: &App, claims: &Claims, asked: &Invalidation) -> Result<Response, Refusal> {
     let position = app.engine.position().to_string();
     let found = app.engine.survey_invalidation(asked).await.map_err(refused)?;
-    let sample: Vec<String> = found.sample.iter().map(ToString::to_string).collect();
-    let answer = json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true, "sample": sample });
+    let mut answer =
+        json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true });
+    if app.engine.may_list_keys(claims, asked.namespace.as_deref()) {
+        answer["sample"] = found.sample.iter().map(ToString::to_string).collect();
+    }
     Ok(([(POSITION, header_value(&position))], Json(answer)).into_response())
 }
 

@@ -14,8 +14,9 @@ use walcast_protocol::problem::Problem;
 use crate::http::{
     App,
     cache::freshness,
+    etag,
     identity::Caller,
-    query::{cache_status, etag, refused, texts},
+    query::{cache_status, refused, texts},
     refusal::Refusal,
 };
 
