@@ -177,7 +177,9 @@ async fn p3_a_dry_run_names_keys_only_to_those_who_may_read_them() -> Result<()>
     let (editor, ann) = (user("eve", json!({ "app_metadata": { "permissions": ["cache.write"] } })), user("ann", json!({})));
     let (admin, janitor) = (user("bob", json!({ "app_role": "admin" })), user("joe", json!({ "app_role": "janitor" })));
     let service = door.server.token("service_role", None);
-    for (path, token) in [("/cache/v1/sessions/hiv-test", &ann), ("/cache/v1/notices/ward-3", &editor), ("/cache/v1/swept/ward-3", &service)] {
+    for (path, token) in
+        [("/cache/v1/sessions/hiv-test", &ann), ("/cache/v1/notices/ward-3", &editor), ("/cache/v1/swept/ward-3", &service)]
+    {
         assert_eq!(door.put(path, token, "x").await?, stored());
     }
     for (namespace, who, token, sample) in [

@@ -100,9 +100,8 @@ impl Core {
                 }
             }
         }
-        let together = stream::iter(merged)
-            .map(|many| timeout_at(until, self.together(many, at_least)))
-            .buffer_unordered(self.at_once());
+        let together =
+            stream::iter(merged).map(|many| timeout_at(until, self.together(many, at_least))).buffer_unordered(self.at_once());
         for (answered, left) in together.collect::<Vec<_>>().await.into_iter().flatten() {
             found.extend(answered);
             alone.extend(left);

@@ -51,11 +51,10 @@ impl Uploads {
     }
 
     /// The same body until its time or the room is over; then an error, and the reason in `cut`.
-    fn bounded(
-        &self,
-        body: impl Stream<Item = Result<Bytes, axum::Error>> + Unpin,
-        cut: Arc<AtomicU8>,
-    ) -> impl Stream<Item = Result<Bytes, axum::Error>> {
+    fn bounded<S>(&self, body: S, cut: Arc<AtomicU8>) -> impl Stream<Item = Result<Bytes, axum::Error>> + use<S>
+    where
+        S: Stream<Item = Result<Bytes, axum::Error>> + Unpin,
+    {
         let (room, until) = (self.room.clone(), Instant::now() + self.time);
         // Given back when the body has been read, or its reader is gone.
         let taken: Option<OwnedSemaphorePermit> = None;
@@ -100,8 +99,12 @@ pub async fn bound(State(uploads): State<Uploads>, request: Request, next: Next)
             let why = format!("the body did not come within {} s", uploads.time.as_secs());
             Refusal::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", why).hint("send less at a time, or over a better line")
         }
-        FULL => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_bodies", "as much is on its way in as memory is set aside for")
-            .hint("try again in a moment"),
+        FULL => Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "too_many_bodies",
+            "as much is on its way in as memory is set aside for",
+        )
+        .hint("try again in a moment"),
         _ => return response,
     };
     refusal.into_response()
@@ -150,7 +153,9 @@ mod tests {
         let uploads = Uploads::new(100, DEADLINE);
         let url = served(uploads.clone()).await;
         let free = async |bytes: usize| {
-            wait::until(DEADLINE, format!("{bytes} bytes of room"), async || uploads.room.available_permits() == bytes).await.unwrap();
+            wait::until(DEADLINE, format!("{bytes} bytes of room"), async || uploads.room.available_permits() == bytes)
+                .await
+                .unwrap();
         };
         let slow = tokio::spawn({
             let url = url.clone();

@@ -173,7 +173,8 @@ async fn p3_a_setting_whose_name_cannot_be_read_keeps_nothing() -> Result<()> {
         "current_setting /* a comment */ ('app.x', true)",
         "(select setting from pg_settings where name = 'application_name')",
     ] {
-        let made = format!("create or replace function asks() returns text language sql stable as $body$ select {reading} $body$");
+        let made =
+            format!("create or replace function asks() returns text language sql stable as $body$ select {reading} $body$");
         room.postgres.execute(&format!("set check_function_bodies = off; {made}")).await?;
         // Named or not: nobody knows that it is this one.
         for vary in ["", ", vary => array['app.x', 'app.', 'application_name']"] {
@@ -182,8 +183,13 @@ async fn p3_a_setting_whose_name_cannot_be_read_keeps_nothing() -> Result<()> {
         }
     }
     // What is the same for everybody, and what the key has, tells nobody apart.
-    for reading in ["current_setting('server_version_num')", "CURRENT_SETTING ( 'TimeZone' )", "pg_catalog.current_setting('request.jwt.claims', true)"] {
-        let made = format!("create or replace function asks() returns text language sql stable as $body$ select {reading} $body$");
+    for reading in [
+        "current_setting('server_version_num')",
+        "CURRENT_SETTING ( 'TimeZone' )",
+        "pg_catalog.current_setting('request.jwt.claims', true)",
+    ] {
+        let made =
+            format!("create or replace function asks() returns text language sql stable as $body$ select {reading} $body$");
         room.postgres.execute(&made).await?;
         red.query_one("select walcast.cached('asks()')", &[]).await.context(reading)?;
     }

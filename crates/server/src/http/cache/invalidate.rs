@@ -128,8 +128,7 @@ pub async fn invalidated(app: &App, asked: &Invalidation) -> Result<Response, Re
 async fn surveyed(app: &App, claims: &Claims, asked: &Invalidation) -> Result<Response, Refusal> {
     let position = app.engine.position().to_string();
     let found = app.engine.survey_invalidation(asked).await.map_err(refused)?;
-    let mut answer =
-        json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true });
+    let mut answer = json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true });
     if app.engine.may_list_keys(claims, asked.namespace.as_deref()) {
         answer["sample"] = found.sample.iter().map(ToString::to_string).collect();
     }
