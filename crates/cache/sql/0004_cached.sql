@@ -1,5 +1,12 @@
 -- walcast.cached(): the result of a function, kept for whoever asks the same in the same security context.
 
+-- Settings that tell kept results apart, whoever calls: how values are printed, and single claims.
+create or replace function walcast.cached_settings() returns text[]
+language sql immutable parallel safe
+return array['request.jwt.claim', 'request.jwt.claim.sub', 'request.jwt.claim.role', 'request.jwt.claim.email',
+  'TimeZone', 'DateStyle', 'IntervalStyle', 'bytea_output', 'extra_float_digits', 'xmlbinary', 'lc_monetary', 'lc_numeric', 'lc_time',
+  'default_text_search_config', 'row_security'];
+
 -- Whose answer it is, and everything that a function may read of its surroundings: role, login, claims without the token's
 -- own times and id, how values are printed, the search path, and the settings that the caller names.
 create or replace function walcast.cached_context(vary text[], path text) returns text
@@ -15,9 +22,7 @@ begin
     null; -- no JSON object: as it stands
   end;
   parts := array[walcast.cache_caller(), session_user::text, claims, $2];
-  foreach setting in array array['request.jwt.claim', 'request.jwt.claim.sub', 'request.jwt.claim.role', 'request.jwt.claim.email',
-    'TimeZone', 'DateStyle', 'IntervalStyle', 'bytea_output', 'extra_float_digits', 'xmlbinary', 'lc_monetary', 'lc_numeric', 'lc_time',
-    'default_text_search_config', 'row_security'] || array(select distinct v from unnest($1) v order by v)
+  foreach setting in array walcast.cached_settings() || array(select distinct v from unnest($1) v order by v)
   loop
     -- Names too, so that no list of values can pass for another.
     parts := parts || setting || current_setting(setting, true);
@@ -41,8 +46,9 @@ language sql immutable set search_path = pg_catalog, pg_temp as $$
   select case when strpos($1, $2) > 0 then $1 ~ ('\m' || regexp_replace($2, '([^a-zA-Z0-9_])', '\\\1', 'g') || '\M') else false end
 $$;
 
--- A setting of the application's own that the function may read and the key does not have: in doubt nobody shares.
--- Looks at policies, at views, at the function and at what is named in them, as text: a net, no proof.
+-- A setting that the function may read and the key does not have: in doubt nobody shares. Null where it is read by a name that
+-- is not written out. Looks at policies, at views, at the function, at what is named in them and at what is called without
+-- being named, as text: a net, no proof.
 create or replace function walcast.cached_unkeyed("function" oid, vary text[]) returns table (reader text, setting text)
 language sql stable set search_path = pg_catalog, pg_temp as $$
   with recursive
@@ -58,21 +64,38 @@ language sql stable set search_path = pg_catalog, pg_temp as $$
   ),
   functions as (
     select p.oid, p.proname::text as name, format('function %s', p.oid::regprocedure) as reader,
-      coalesce(p.prosrc, '') || ' ' || coalesce(pg_get_function_sqlbody(p.oid), '') as body
+      concat_ws(' ', p.prosrc, pg_get_function_sqlbody(p.oid), pg_get_expr(p.proargdefaults, 0)) as body
     from pg_proc p where p.oid >= 16384 and p.prokind = 'f' and p.pronamespace <> 'walcast'::regnamespace
+  ),
+  -- What views, operators, casts and aggregates call: where they are used its name does not stand.
+  unnamed as (
+    select d.refobjid as oid from pg_depend d
+    where d.refclassid = 'pg_proc'::regclass
+      and d.classid in ('pg_rewrite'::regclass, 'pg_operator'::regclass, 'pg_cast'::regclass, 'pg_proc'::regclass)
   ),
   reached as (
     select f.oid, f.reader, f.body from functions f
-    where f.oid = $1 or exists (select from policies p where walcast.names(p.body, f.name))
+    where f.oid = $1 or f.oid in (select u.oid from unnamed u) or exists (select from policies p where walcast.names(p.body, f.name))
     union
     select f.oid, f.reader, f.body from reached r join functions f on walcast.names(r.body, f.name)
-  )
+  ),
+  bodies as (
+    select * from policies union all select * from views union all select r.reader, r.body from reached r
+  ),
+  -- A call that is read for sure: the name, one plain literal, and nothing that would make another name of it.
+  written(form) as (values ('\mcurrent_setting\s*\(\s*''([^''\\]+)''\s*(?:::\s*text\s*)?[,)]'))
   select s.reader, lower(m[1])
-  from (select * from policies union all select * from views union all select r.reader, r.body from reached r) s,
-    regexp_matches(s.body, 'current_setting\s*\(\s*''([^'']+)''', 'gi') m
-  where strpos(m[1], '.') > 0 and lower(m[1]) <> all (
-    array['request.jwt.claims', 'request.jwt.claim', 'request.jwt.claim.sub', 'request.jwt.claim.role', 'request.jwt.claim.email']
-      || array(select lower(v) from unnest($2) v))
+  from bodies s, written w, regexp_matches(s.body, w.form, 'gi') m
+  where lower(m[1]) <> all (
+      array['request.jwt.claims', 'role', 'search_path', 'session_authorization']
+        || array(select lower(v) from unnest(walcast.cached_settings() || $2) v))
+    -- The same for every session of the server.
+    and not exists (
+      select from pg_settings g where lower(g.name) = lower(m[1]) and g.context in ('internal', 'postmaster', 'sighup'))
+  union all
+  select s.reader, null
+  from bodies s, written w
+  where regexp_replace(s.body, w.form, ' ', 'gi') ~* '\m(current_setting|pg_settings|pg_show_all_settings)\M'
 $$;
 
 -- The kept result; null if there is none to be had. Checks every argument and right of cached().
@@ -108,6 +131,10 @@ begin
     if unkeyed.setting is not null then
       raise exception '% reads the setting %, which does not tell the kept results of % apart', unkeyed.reader, unkeyed.setting, $1
         using errcode = 'object_not_in_prerequisite_state', hint = format('pass vary => array[%L]', unkeyed.setting);
+    elsif unkeyed.reader is not null then
+      raise exception '% reads a setting whose name is not written out, so nobody knows whether it tells the kept results of % apart',
+        unkeyed.reader, $1
+        using errcode = 'object_not_in_prerequisite_state', hint = 'write its name as one plain literal: current_setting(''app.tenant'', true)';
     end if;
   end if;
   return convert_from(kept, 'UTF8')::jsonb;
@@ -209,14 +236,3 @@ begin
   return result;
 end
 $$;
-
--- Everything here is granted by name, or not at all.
-do $walcast$
-declare
-  made regprocedure;
-begin
-  for made in select p.oid::regprocedure from pg_catalog.pg_proc p where p.pronamespace = 'walcast'::regnamespace loop
-    execute format('revoke all on function %s from public', made);
-  end loop;
-end
-$walcast$;

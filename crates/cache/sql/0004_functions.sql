@@ -82,7 +82,7 @@ returns boolean
 -- Nobody waits for a cache: neither the application for us nor, for long, another transaction for the application's.
 language plpgsql set search_path = pg_catalog, pg_temp set lock_timeout = '100ms' as $$
 declare
-  parts text[] := regexp_match($7, '^([0-9a-f]{8})\|(\d+)\|([0-9A-F]+/[0-9A-F]+)\|(\d+:(\d+):[\d,]*)$');
+  parts text[] := regexp_match($7, '^([0-9a-f]{8})\|(\d{1,18})\|([0-9A-F]{1,8}/[0-9A-F]{1,8})\|(\d{1,18}:(\d{1,18}):[\d,]*)$');
   standing record;
   named record;
   all_tags text[];
@@ -105,10 +105,14 @@ begin
   end if;
   if $7 = 'none' then
     return false;
-  elsif parts is null or parts[5]::xid8 > pg_snapshot_xmax(pg_current_snapshot()) or parts[3]::pg_lsn > standing.settled then
+  elsif parts is null then
     raise exception 'this is no fence that this database gave: %', quote_literal(left($7, 80))
       using errcode = 'invalid_parameter_value', hint = 'hand on what walcast.cache_fence() answered, as it came';
   elsif (parts[1], parts[2]::bigint) <> (standing.epoch, standing.floor) then
+    return false;
+  -- Ahead of what is known here: Walcast has attached again since and has settled nothing yet, or the fence is younger than
+  -- this transaction's snapshot. No fault of the caller's, but nobody could vouch for his value.
+  elsif parts[5]::xid8 > pg_snapshot_xmax(pg_current_snapshot()) or parts[3]::pg_lsn > standing.settled then
     return false;
   else
     seen := parts[4];

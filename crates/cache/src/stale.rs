@@ -14,6 +14,8 @@ use crate::{AtLeast, Cache, Entry, Hearing, Lookup, MissReason, NamespaceConfig,
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Secured {
     Yes,
+    /// So says whoever computes it; of what is kept by key, the namespace's `serve_invalidated`, which the settings refuse
+    /// where each security context has an entry of its own.
     No,
 }
 

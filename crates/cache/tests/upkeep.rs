@@ -5,7 +5,7 @@ mod common;
 use common::{
     World, fence, key,
     l2::{flush, node, number, patient, postgres},
-    told,
+    told, value,
 };
 use walcast_cache::{AtLeast, Cleanup, L2Config, Reason};
 use walcast_testkit::TestPostgres;
@@ -127,6 +127,26 @@ async fn p7_the_byte_limit_is_enforced_and_what_brings_the_most_stays() {
     let done = w.cache.clean_up().await.unwrap();
     assert!(rows_of(&done, Reason::LowValue).is_some_and(|rows| rows > 100), "{done:?}");
     assert!(w.cache.l2().unwrap().size().unwrap().bytes <= (4 << 20) / 10 * 8);
+}
+
+#[tokio::test]
+async fn p7_the_byte_limit_holds_for_rows_of_security_contexts_too() {
+    let postgres = postgres().await;
+    let w = node(&postgres, patient());
+    postgres.execute("alter table walcast.cache_entries alter value set storage external").await.unwrap();
+    for n in 0..3_000_u32 {
+        let key = key(&format!("k{n}")).in_context(u128::from(n));
+        w.cache.put(&key, value(&"x".repeat(1_000), &[]), fence("10:20:", 50)).unwrap();
+        if n % 500 == 0 {
+            flush(&w).await;
+        }
+    }
+    flush(&w).await;
+    // Another node, with nothing in use in its L1.
+    let keeper = node(&postgres, L2Config { max_bytes: 1 << 20, ..patient() });
+    let done = keeper.cache.tidy().await.unwrap();
+    let after = keeper.cache.l2().unwrap().measure().await.unwrap();
+    assert!(after.rows > 0 && after.bytes <= 1 << 20, "{after:?}, {done:?}");
 }
 
 #[tokio::test]

@@ -19,12 +19,12 @@ impl Engine {
         }
     }
 
-    /// In the order of the keys, of one fence. None while the database is away.
+    /// In the order of the keys, of one fence. None while the database is away: nothing could be admitted.
     pub async fn cache_tickets(&self, keys: &[&CacheKey]) -> Vec<Option<String>> {
         if keys.is_empty() {
             return Vec::new();
         }
-        let fence = self.core.fence().await.ok();
+        let fence = self.core.fence_in_time().await;
         keys.iter().map(|key| fence.as_ref().map(|fence| self.core.cache.issue_ticket(fence, key))).collect()
     }
 }

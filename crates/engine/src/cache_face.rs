@@ -22,8 +22,8 @@ pub enum Written {
     Ticket(String),
     /// The application's own write: contains this transaction.
     By(u64),
-    /// Not from this database.
-    External,
+    /// The caller did not say: good only where the namespace's values are not from this database.
+    Unsaid,
 }
 
 /// See [`Engine::cache_begin_put`].
@@ -77,12 +77,7 @@ impl Engine {
 
     /// For the value that the caller is about to read. None while the database is away: nothing could be admitted.
     pub async fn cache_ticket(&self, key: &CacheKey) -> Option<String> {
-        // While commits are not heard nothing is stored, and a database that hangs must not make a miss wait.
-        if self.core.cache.hearing() != Hearing::Live {
-            return None;
-        }
-        let fence = tokio::time::timeout(TICKET_WAIT, self.core.fence()).await.ok()?.ok()?;
-        Some(self.core.cache.issue_ticket(&fence, key))
+        self.cache_tickets(&[key]).await.pop().flatten()
     }
 
     /// The same for one of those who were answered a stale entry: he computes it, the others need not. For 10 seconds, or
@@ -137,8 +132,8 @@ impl Engine {
         }
         let made_of = match written {
             Written::Ticket(ticket) => MadeOf::Fence(cache.check_ticket(&ticket, key).map_err(PutFailure::Ticket)?),
-            Written::External if namespace.external => MadeOf::Elsewhere(cache.arrive(key)),
-            Written::External => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
+            Written::Unsaid if namespace.external => MadeOf::Elsewhere(cache.arrive(key)),
+            Written::Unsaid => return Err(PutFailure::TicketRequired(key.namespace().to_owned())),
             Written::By(xid) => MadeOf::Write(Xid(xid)),
         };
         cache.check(key, &value)?;
@@ -195,6 +190,15 @@ impl Core {
         let fence = Fence { snapshot: sample.snapshot, settled, floor };
         *self.shared_fence.lock() = Some((fence.clone(), sample.taken_at));
         Ok(fence)
+    }
+
+    /// For a ticket. None while commits are not heard, since nothing is stored then, or if a database that hangs would
+    /// make a miss wait.
+    pub(crate) async fn fence_in_time(&self) -> Option<Fence> {
+        if self.cache.hearing() != Hearing::Live {
+            return None;
+        }
+        tokio::time::timeout(TICKET_WAIT, self.fence()).await.ok()?.ok()
     }
 
     /// Waits for the stream where the read asks for it. None: it did not come.

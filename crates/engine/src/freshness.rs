@@ -3,6 +3,8 @@
 //! Asked before a query waits: a position of another epoch never comes, and a transaction that has not begun is a mistake
 //! of the caller, not an outage of ours. A read of the cache needs no answer: to it, either is a miss.
 
+use std::time::Duration;
+
 use walcast_model::{Position, Xid};
 
 use crate::{Core, Engine};
@@ -42,6 +44,8 @@ impl FreshnessError {
 
 /// Transactions that run have ids above a snapshot's xmax, and so have their savepoints: so far, and no further.
 const RUNNING_AT_MOST: u64 = 1 << 20;
+/// To look is worth no more: the read itself waits, and says what it waited for.
+const LOOK: Duration = Duration::from_secs(1);
 
 impl Engine {
     /// While the database is away nobody knows, and the read itself will say so.
@@ -56,8 +60,8 @@ impl Core {
             Freshness::Any => Ok(()),
             Freshness::AtLeast(position) if position.epoch != self.progress.epoch() => Err(FreshnessError::OtherEpoch),
             Freshness::AtLeast(_) => Ok(()),
-            Freshness::Contains(xid) => match self.fence().await {
-                Ok(fence) if Xid(xid) > Xid(fence.snapshot.xmax.0.saturating_add(RUNNING_AT_MOST)) => {
+            Freshness::Contains(xid) => match tokio::time::timeout(LOOK, self.fence()).await {
+                Ok(Ok(fence)) if Xid(xid) > Xid(fence.snapshot.xmax.0.saturating_add(RUNNING_AT_MOST)) => {
                     Err(FreshnessError::UnknownTransaction(xid))
                 }
                 _ => Ok(()),

@@ -207,7 +207,7 @@ fn static_plan(options: &MigrateOptions) -> Plan {
 /// Everything that is the same for every database.
 fn static_steps(options: &MigrateOptions) -> Vec<Step> {
     let mut steps = vec![Step { title: "bookkeeping".into(), sql: BOOKKEEPING.into(), file: None }];
-    steps.extend(files().map(|(name, sql)| Step { title: name.into(), sql: sql.into(), file: Some(name.into()) }));
+    steps.extend(files().map(|(name, sql)| Step { title: name.into(), sql: closed(sql), file: Some(name.into()) }));
     let named = [
         (&options.publication_cache, CACHE, " with (publish_via_partition_root = true)"),
         (&options.publication_realtime, REALTIME, ""),
@@ -235,6 +235,24 @@ fn static_steps(options: &MigrateOptions) -> Vec<Step> {
         file: None,
     });
     steps
+}
+
+/// A new function is everybody's to execute. Ours are granted by name or not at all, from the moment they can be seen.
+fn closed(sql: &str) -> String {
+    const REVOKE: &str = "do $walcast$
+declare
+  made regprocedure;
+begin
+  for made in
+    select p.oid::regprocedure from pg_catalog.pg_proc p
+    where p.pronamespace = 'walcast'::regnamespace and (p.proacl is null or p.proacl::text ~ '[{,]=')
+  loop
+    execute format('revoke all on function %s from public', made);
+  end loop;
+end
+$walcast$;
+";
+    if sql.contains("function walcast.") { format!("{}\n\n{REVOKE}", sql.trim_end()) } else { sql.to_owned() }
 }
 
 fn realtime_advice(options: &MigrateOptions) -> Advice {

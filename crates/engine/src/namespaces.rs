@@ -179,6 +179,14 @@ impl Engine {
     }
 }
 
+impl Engine {
+    /// May he be told which keys are there? A key is data too, and in a context it is somebody else's.
+    pub fn may_list_keys(&self, claims: &Claims, namespace: Option<&str>) -> bool {
+        let shared = |name| self.core.context_of(name).is_none() && self.may_use_namespace(claims, Right::Read, name).is_ok();
+        claims.role() == "service_role" || namespace.is_some_and(shared)
+    }
+}
+
 impl Core {
     fn context_of(&self, namespace: &str) -> Option<&Context> {
         self.config.cache.namespaces.get(namespace)?.context.as_ref()

@@ -181,6 +181,25 @@ async fn the_printed_sql_through_psql_gives_the_same_database() -> anyhow::Resul
     Ok(())
 }
 
+/// A new function is everybody's to execute: in the transaction that makes it, it is taken from them.
+#[tokio::test]
+async fn p10_no_function_of_ours_is_everybodys_whichever_file_makes_it() -> anyhow::Result<()> {
+    let printed = print(None, &MigrateOptions::default()).await?;
+    let making = |step: &&str| step.contains("create or replace function walcast.");
+    let steps: Vec<&str> = printed.split("\ncommit;\n").filter(making).collect();
+    assert!(steps.len() > 3, "{printed}");
+    for step in steps {
+        assert!(step.contains("revoke all on function %s from public"), "{:.200}", step.trim_start());
+    }
+    let server = TestPostgres::start().await?;
+    migrate(&server.url(), &MigrateOptions::default()).await?;
+    let open = "select coalesce(string_agg(p.oid::regprocedure::text, ' '), '') from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a \
+                where p.pronamespace = 'walcast'::regnamespace and a.grantee = 0";
+    let open: String = server.connect().await?.query_one(open, &[]).await?.get(0);
+    assert_eq!(open, "");
+    Ok(())
+}
+
 #[tokio::test]
 async fn two_migrations_at_once_are_one() -> anyhow::Result<()> {
     let server = TestPostgres::start().await?;

@@ -71,8 +71,9 @@ impl Claims {
         let mut text = Value::from(self.role()).to_string();
         for path in paths {
             text.push_str(&Value::from(path.as_str()).to_string());
-            // No JSON is empty: a claim that is not there is no null.
-            text.push_str(&self.at(path).map_or_else(String::new, canonical));
+            // No JSON begins so: a claim that is not there is neither null nor the path that comes next.
+            text.push_str(&self.at(path).map_or_else(|| "-".to_owned(), canonical));
+            text.push(',');
         }
         short_digest(&text)
     }
@@ -167,5 +168,16 @@ mod tests {
         assert!(claims(r#"{"exp":1}"#).is_err());
         assert!(claims(r#"{"role":"anon"}"#).is_err());
         assert!(claims(r#"{"role":7,"exp":1}"#).is_err());
+    }
+
+    #[test]
+    fn p3_a_claim_that_is_missing_is_no_other_claim() {
+        let paths = ["user_metadata.team".to_owned(), "tenant".to_owned()];
+        let one = claims(r#"{"role":"r","exp":1,"tenant":"tenant"}"#).unwrap();
+        let other = claims(r#"{"role":"r","exp":1,"user_metadata":{"team":"tenant"}}"#).unwrap();
+        assert_ne!(one.context(&paths), other.context(&paths));
+        let null = claims(r#"{"role":"r","exp":1,"user_metadata":{"team":null}}"#).unwrap();
+        let none = claims(r#"{"role":"r","exp":1}"#).unwrap();
+        assert_ne!(null.context(&paths), none.context(&paths), "nor is it null");
     }
 }

@@ -105,13 +105,17 @@ async fn open(config: &ConnectConfig) -> Result<Connection, PgError> {
 
 async fn sample(config: &ConnectConfig, kept: &mut Option<Connection>) -> Result<Sample, PgError> {
     // Taken out for the time of the question: whatever goes wrong, the next one begins with a new connection.
-    let connection = match kept.take() {
-        Some(connection) if !connection.client.is_closed() => connection,
-        _ => open(config).await?,
-    };
-    let answer = tokio::time::timeout(ANSWER_TIMEOUT, ask(&connection))
-        .await
-        .map_err(|_| PgError::Away { doing: DOING, source: "no answer in 5 s".into() })??;
+    let connection = kept.take().filter(|connection| !connection.client.is_closed());
+    // Opening too: a peer that accepts and says nothing would hold up whoever asks.
+    let answered = tokio::time::timeout(ANSWER_TIMEOUT, async {
+        let connection = match connection {
+            Some(connection) => connection,
+            None => open(config).await?,
+        };
+        Ok((ask(&connection).await?, connection))
+    });
+    let (answer, connection) =
+        answered.await.map_err(|_| PgError::Away { doing: DOING, source: "no answer in 5 s".into() })??;
     *kept = Some(connection);
     Ok(answer)
 }

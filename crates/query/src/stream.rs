@@ -32,7 +32,6 @@ pub struct RowLines {
     question: Question,
     timeout: Duration,
     rows: usize,
-    sent: u64,
 }
 
 impl RowLines {
@@ -65,7 +64,7 @@ impl RowLines {
             }
             return Err(error);
         }
-        Ok(RowLines { scope, question: question.clone(), timeout, rows: FIRST_ROWS, sent: 0 })
+        Ok(RowLines { scope, question: question.clone(), timeout, rows: FIRST_ROWS })
     }
 
     /// Some whole lines; None at the end. After an error there is nothing more.
@@ -83,16 +82,11 @@ impl RowLines {
             chunk.put_u8(b'\n');
             rows += 1;
         }
-        self.sent += rows as u64;
         if rows == 0 {
             return Ok(None);
         }
         self.rows = (CHUNK_BYTES * rows / chunk.len()).clamp(1, MOST_ROWS);
         Ok(Some(chunk.freeze()))
-    }
-
-    pub fn sent(&self) -> u64 {
-        self.sent
     }
 
     /// Gives the connection back. Dropping closes it.

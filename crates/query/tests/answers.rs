@@ -220,7 +220,7 @@ async fn a_stream_has_every_row_as_a_line_and_its_own_error_at_the_place_where_i
         text.extend_from_slice(&chunk);
         chunks += 1;
     }
-    assert_eq!((stream.sent(), chunks > 3), (40000, true));
+    assert!(chunks > 3, "{chunks}");
     stream.end().await.unwrap();
     let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).collect();
     assert_eq!(lines.len(), 40000);

@@ -174,6 +174,8 @@ async fn keys_headers_and_bodies_that_cannot_be_are_refused_one_by_one() -> Resu
     for name in ["cache-tag", "cache-control", "walcast-written", "content-type"] {
         refused(name, put(&good).header(name, bytes()), 400, "bad_header").await?;
     }
+    refused("a second line of tags", put(&good).header("cache-tag", "notes").header("cache-tag", bytes()), 400, "bad_header")
+        .await?;
     let get = |value| http.get(at("n/k")).bearer_auth(&service).header("walcast-at-least", value);
     refused("a freshness that cannot be read", get(bytes()), 400, "bad_position").await?;
     refused("transaction 0", get(reqwest::header::HeaderValue::from_static("0")), 400, "bad_position").await?;

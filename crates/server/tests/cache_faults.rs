@@ -368,3 +368,38 @@ async fn p8_one_connection_above_the_budget_would_be_counted() -> Result<()> {
     ensure!(error.to_string().contains("P8"), "{error}");
     scene.server.stop().await
 }
+
+/// As a GET, which answers without a ticket, or a single question: a batch waits no longer than its slowest part.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p6_batches_wait_no_longer_than_one_question_while_the_network_is_silent() -> Result<()> {
+    let scene = scene().await?;
+    wait::until(DEADLINE, "it hears", async || scene.reads.get(&by_key(1)).await.is_ok_and(|seen| seen.ticket.is_some())).await?;
+    // No plan is known yet.
+    let items: Vec<Value> = (1..=ITEMS).map(|id| serde_json::json!({ "name": "item", "params": { "id": id } })).collect();
+    let (http, token) = (reqwest::Client::new(), scene.server.token("service_role", None));
+    let post = |path: &str, body: Value| {
+        http.post(format!("{}{path}", scene.server.url)).bearer_auth(&token).timeout(DEADLINE).json(&body).send()
+    };
+    scene.proxy.pause();
+    let (first, second, queries) = tokio::join!(
+        post("/cache/v1/items/mget", serde_json::json!({ "keys": ["1", "2"] })),
+        // The sampler's connection is given up meanwhile, and a new one is met with silence.
+        async {
+            for _ in 0..3 {
+                post("/cache/v1/items/mget", serde_json::json!({ "keys": ["1", "2"] })).await?.error_for_status()?;
+            }
+            post("/cache/v1/items/mget", serde_json::json!({ "keys": ["1", "2"] })).await
+        },
+        post("/query/v1", serde_json::json!({ "queries": items })),
+    );
+    for answer in [first, second] {
+        let answer: Value = answer.context("mget hangs")?.error_for_status()?.json().await?;
+        ensure!(answer["entries"].as_array().is_some_and(|entries| entries.len() == 2), "{answer}");
+    }
+    let answer: Value = queries.context("the batch hangs")?.error_for_status()?.json().await?;
+    let results = answer["results"].as_array().context("results")?;
+    ensure!(results.len() == items.len() && results.iter().all(|one| one["status"].as_u64() >= Some(500)), "{answer}");
+    scene.proxy.resume();
+    scene.server.wait_ready(true).await?;
+    scene.server.stop().await
+}

@@ -35,10 +35,16 @@ struct House {
 
 impl House {
     async fn open() -> Result<House> {
+        House::with(&[]).await
+    }
+
+    async fn with(settings: &[(&str, &str)]) -> Result<House> {
         let postgres = TestPostgres::start().await?;
         migrate(&postgres, SCHEMA, &["pets"]).await?;
         let queries = QueryDir::new(&[("pets", PETS), ("secrets", SECRETS)])?;
-        let server = Server::start(&postgres, &[("WALCAST_QUERIES__DIR", &queries.setting())]).await?;
+        let dir = queries.setting();
+        let settings: Vec<_> = settings.iter().copied().chain([("WALCAST_QUERIES__DIR", dir.as_str())]).collect();
+        let server = Server::start(&postgres, &settings).await?;
         let reads = Reads::service(&server);
         Ok(House { postgres, server, reads, _queries: queries })
     }
@@ -406,6 +412,42 @@ async fn p4_a_table_that_was_rewritten_while_nobody_listened_leaves_no_entry_beh
         ensure!(seen.is_fresh_hit() == stays, "after `{between}` and a restart: {seen:?}");
     }
     server.stop().await
+}
+
+/// Between the judgement and the answer the policy becomes one whose answers are never kept. A lock on the cache table holds
+/// the reader in between: he looks there first.
+#[tokio::test]
+async fn p5_an_answer_by_a_younger_plan_that_is_never_kept_is_not_kept() -> Result<()> {
+    let house = House::with(&[("WALCAST_CACHE__L2_READ_TIMEOUT", "60s")]).await?;
+    let person = |name: &str| {
+        let claims = serde_json::json!({ "team": "red" });
+        Reads::with_token(&house.server, walcast_testkit::jwt(support::SECRET, "authenticated", Some(name), 3600, claims))
+    };
+    let (ada, bob) = (person("ada"), person("bob"));
+    let path = "/query/v1/secrets";
+    house.kept(&ada, path).await?;
+    house.reads.settled().await?;
+    let admin = house.postgres.connect().await?;
+    admin.batch_execute("begin; lock table walcast.cache_entries in access exclusive mode").await?;
+    let asks = tokio::spawn(async move { bob.get(path).await });
+    wait::until(DEADLINE, "he looks in the cache table", async || {
+        let sql = "select 1 from pg_locks where relation = 'walcast.cache_entries'::regclass and not granted and mode = 'AccessShareLock'";
+        admin.query(sql, &[]).await.is_ok_and(|rows| !rows.is_empty())
+    })
+    .await?;
+    let volatile = "alter policy by_team on secrets using (team = auth.jwt() ->> 'team' and random() >= 0)";
+    house.postgres.execute(volatile).await?;
+    wait::until(DEADLINE, "the new policy is known", async || {
+        // Who comes just before it waits for the lock, too.
+        let seen = tokio::time::timeout(Duration::from_secs(1), ada.get(path)).await;
+        matches!(seen, Ok(Ok(seen)) if seen.cache_status.contains("random"))
+    })
+    .await?;
+    admin.batch_execute("commit").await?;
+    let seen = asks.await??;
+    ensure!(seen.status == 200 && !seen.is_hit() && !seen.cache_status.contains("stored"), "{seen:?}");
+    ensure!(seen.cache_status.contains("random"), "{seen:?}");
+    house.server.stop().await
 }
 
 impl House {

@@ -175,3 +175,63 @@ async fn that_there_is_nothing_is_known_until_a_commit_says_otherwise() -> Resul
     ensure!(put.body.contains("negative_ttl"), "{put:?}");
     Ok(())
 }
+
+/// One line or two: RFC 9110 says they mean the same.
+#[tokio::test]
+async fn p4_tags_in_two_header_lines_are_tags_and_what_can_be_said_once_is_refused_twice() -> Result<()> {
+    let door = Door::open().await?;
+    let miss = door.get("reports/7").await?;
+    let ticket = miss.ticket()?;
+    let two = [("walcast-ticket", ticket), ("cache-tag", "reports"), ("cache-tag", "notes:id=7, notes:id=8")];
+    let put = door.ask(Method::PUT, "reports/7", &two, "seven").await?;
+    ensure!(put.body == r#"{"stored":true}"#, "{put:?}");
+    ensure!(door.get("reports/7").await?.body == "seven");
+    door.postgres.execute("insert into notes values (7, 'touched')").await?;
+    wait::until(DEADLINE, "the commit ends it, by the second line", async || {
+        door.get("reports/7").await.is_ok_and(|seen| seen.status == 404)
+    })
+    .await?;
+
+    for (name, one, other) in [
+        ("walcast-ticket", ticket, "another"),
+        ("walcast-written", "1", "2"),
+        ("walcast-negative", "1", "1"),
+        ("content-type", "text/plain", "text/html"),
+    ] {
+        let put = door.ask(Method::PUT, "reports/7", &[(name, one), (name, other)], "x").await?;
+        ensure!((put.status, put.code().as_str()) == (400, "bad_header"), "{name}: {put:?}");
+    }
+    let fresh = door.ask(Method::GET, "reports/7", &[("walcast-at-least", "1"), ("walcast-at-least", "2")], "").await?;
+    ensure!((fresh.status, fresh.code().as_str()) == (400, "bad_position"), "{fresh:?}");
+
+    // Directives are no matter of case; taken for none, the value would live as long as the namespace says.
+    let miss = door.get("reports/8").await?;
+    let short = [("walcast-ticket", miss.ticket()?), ("cache-control", "private"), ("cache-control", "Max-Age=5")];
+    ensure!(door.ask(Method::PUT, "reports/8", &short, "eight").await?.body == r#"{"stored":true}"#);
+    let seen = door.get("reports/8").await?;
+    let ttl = seen.cache_status.split("; ").find_map(|part| part.strip_prefix("ttl=")).context("a ttl")?;
+    ensure!(ttl.parse::<u64>()? <= 5, "{seen:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_reader_who_has_the_value_among_others_is_told_so() -> Result<()> {
+    let door = Door::open().await?;
+    door.fill("reports/1", "notes", "one").await?;
+    let url = format!("{}/cache/v1/reports/1", door.server.url);
+    let answer = door.http.get(&url).bearer_auth(&door.token).send().await?;
+    let etag = answer.headers()["etag"].to_str()?.to_owned();
+    for (list, status) in [
+        (vec![etag.clone()], 304),
+        (vec![format!("\"x\", {etag}")], 304),
+        (vec![format!("W/{etag}")], 304),
+        (vec!["*".to_owned()], 304),
+        (vec!["\"x\"".to_owned(), etag.clone()], 304),
+        (vec!["\"x\"".to_owned()], 200),
+    ] {
+        let lines: Vec<_> = list.iter().map(|line| ("if-none-match", line.as_str())).collect();
+        let seen = door.ask(Method::GET, "reports/1", &lines, "").await?;
+        ensure!(seen.status == status, "{list:?}: {seen:?}");
+    }
+    Ok(())
+}

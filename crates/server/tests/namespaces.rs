@@ -28,6 +28,11 @@ source = "external"
 read = ["authenticated", "anon"]
 write = ["claim:app_metadata.permissions=cache.write"]
 
+[cache.namespaces.swept]
+source = "external"
+read = ["claim:app_role=admin"]
+invalidate = ["claim:app_role=admin", "claim:app_role=janitor"]
+
 [cache.namespaces.counted]
 tags = ["notes"]
 "#;
@@ -156,6 +161,33 @@ async fn p3_a_context_never_reads_anothers_and_a_key_is_dropped_for_all_of_them(
     assert_eq!(door.get("/cache/v1/teams/board", &of("bob", "red")).await?, (200, "red board".into()));
     assert_eq!(door.get("/cache/v1/teams/board", &of("ann", "blue")).await?.0, 404);
     assert_eq!(door.get("/cache/v1/teams/board", &ann).await?.0, 404, "no team is a team of its own");
+    door.server.stop().await
+}
+
+/// In healthcare a key is data.
+#[tokio::test]
+async fn p3_a_dry_run_names_keys_only_to_those_who_may_read_them() -> Result<()> {
+    let door = Door::open().await?;
+    let (editor, ann) = (user("eve", json!({ "app_metadata": { "permissions": ["cache.write"] } })), user("ann", json!({})));
+    let (admin, janitor) = (user("bob", json!({ "app_role": "admin" })), user("joe", json!({ "app_role": "janitor" })));
+    let service = door.server.token("service_role", None);
+    for (path, token) in
+        [("/cache/v1/sessions/hiv-test", &ann), ("/cache/v1/notices/ward-3", &editor), ("/cache/v1/swept/ward-3", &service)]
+    {
+        assert_eq!(door.put(path, token, "x").await?, stored());
+    }
+    for (namespace, who, token, sample) in [
+        ("sessions", "another context's admin", &admin, None),
+        ("sessions", "the service", &service, Some("sessions/hiv-test")),
+        ("swept", "one who may only invalidate", &janitor, None),
+        ("swept", "one who may read", &admin, Some("swept/ward-3")),
+    ] {
+        let asked = json!({ "namespace": namespace, "pattern": "*", "dry_run": true });
+        let (status, told) = parts(door.ask(Method::POST, "/cache/v1/invalidate", token).json(&asked).send().await?).await?;
+        assert_eq!((status, &told["invalidated"]), (200, &json!(1)), "{who}: {told}");
+        let expected = sample.map_or(Value::Null, |key| json!([key]));
+        assert_eq!(told["sample"], expected, "{who} in {namespace}: {told}");
+    }
     door.server.stop().await
 }
 

@@ -64,6 +64,14 @@ pub(super) struct Asked {
     pub claims: Claims,
 }
 
+/// Why there is nothing to keep or to share.
+#[derive(Debug, Clone)]
+enum Unkept {
+    Error(Arc<QueryError>),
+    /// It was made by a plan whose answers are not kept: nobody else may have it.
+    Plan(String),
+}
+
 impl Engine {
     pub async fn query(
         &self,
@@ -102,7 +110,12 @@ impl Core {
         let (core, question) = (self.clone(), asked.clone());
         let compute = move || {
             let (core, question) = (core.clone(), question.clone());
-            async move { core.compute(&question).await }
+            async move { core.compute(&question).await.map(|(computed, _)| computed) }
+        };
+        let (core, question) = (self.clone(), asked.clone());
+        let compute_to_keep = move || {
+            let (core, question) = (core.clone(), question.clone());
+            async move { core.compute_to_keep(&question).await }
         };
         if let Err(reason) = &asked.plan.cacheable {
             let computed = fresh_enough(compute, at_least).await?;
@@ -115,8 +128,16 @@ impl Core {
             grace: asked.plan.for_anyone,
             ..ComputeOptions::default()
         };
-        let answer = self.cache.get_or_compute(&asked.key, &options, compute.clone()).await.map_err(|error| match error {
-            ComputeError::Failed(error) => failure(&error),
+        let answer = match self.cache.get_or_compute(&asked.key, &options, compute_to_keep).await {
+            Err(ComputeError::Failed(Unkept::Plan(reason))) => {
+                let computed = fresh_enough(compute, at_least).await?;
+                return Ok(self.uncached(asked, computed, reason));
+            }
+            answer => answer,
+        };
+        let answer = answer.map_err(|error| match error {
+            ComputeError::Failed(Unkept::Plan(_)) => not_that_fresh(),
+            ComputeError::Failed(Unkept::Error(error)) => failure(&error),
             ComputeError::TimedOut { after_ms } => QueryFailure {
                 status: 504,
                 code: "query_timeout",
@@ -142,14 +163,23 @@ impl Core {
     }
 
     /// The fence's place in the stream is read before the snapshot is taken.
-    async fn compute(&self, asked: &Asked) -> Result<Computed, Arc<QueryError>> {
+    async fn compute(&self, asked: &Asked) -> Result<(Computed, Arc<Plan>), Arc<QueryError>> {
         let (floor, settled) = (self.clock.floor(), self.progress.settled());
         let began = Instant::now();
         let (answer, plan) = asked.queries.run(&asked.question, &asked.claims).await.map_err(Arc::new)?;
         let query = &asked.question.query;
         self.queries.slow.note(&query.name, &plan.role, began.elapsed(), answer.rows, 1, &plan.explain);
         let fence = Fence { snapshot: answer.snapshot.clone(), settled, floor };
-        Ok(self.computed(asked, answer, &plan, fence))
+        Ok((self.computed(asked, answer, &plan, fence), plan))
+    }
+
+    /// The plan may be younger than the one that was judged before the tiers were asked.
+    async fn compute_to_keep(&self, asked: &Asked) -> Result<Computed, Unkept> {
+        let (computed, plan) = self.compute(asked).await.map_err(Unkept::Error)?;
+        match &plan.cacheable {
+            Ok(()) => Ok(computed),
+            Err(reason) => Err(Unkept::Plan(format!("{}: {reason}", reason.code()))),
+        }
     }
 
     pub(super) fn computed(&self, asked: &Asked, answer: Answer, plan: &Plan, fence: Fence) -> Computed {

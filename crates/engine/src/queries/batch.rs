@@ -3,9 +3,10 @@
 //! Each answer is kept, tagged and fenced as its own. What cannot be merged (pages, answers that are not kept, a query
 //! asked once) runs by itself, a few at a time, so that a batch leaves room in the pool.
 
-use std::{collections::HashMap, sync::Arc, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
+use tokio::time::{Instant, timeout_at};
 use walcast_cache::{AtLeast, Computed, Lookup, NewValue, Stored};
 use walcast_model::{CacheKey, Claims, Fence};
 use walcast_query::Question;
@@ -25,6 +26,15 @@ pub struct BatchItem {
 /// Questions in one statement.
 const MERGED: usize = 100;
 
+fn too_long() -> QueryFailure {
+    QueryFailure {
+        status: 504,
+        code: "batch_timeout",
+        message: "the batch took too long; what was answered in time is beside this".into(),
+        hint: "ask for fewer at a time; /readyz shows whether the database answers".into(),
+    }
+}
+
 /// A question by its place in the request.
 type Open = (usize, Arc<Asked>);
 type Outcome = Result<QueryAnswer, QueryFailure>;
@@ -36,9 +46,12 @@ impl Engine {
         let Some(at_least) = core.at_least(freshness).await else {
             return items.iter().map(|_| Err(not_that_fresh())).collect();
         };
+        // For all of it: a database that hangs must not be waited for once an item.
+        let until = Instant::now() + core.queries.timeout * 2 + Duration::from_secs(10);
         let mut asked = Vec::with_capacity(items.len());
         for item in items {
-            asked.push(core.asked(&item.name, claims, &item.params).await.map(Arc::new));
+            let one = timeout_at(until, core.asked(&item.name, claims, &item.params)).await;
+            asked.push(one.unwrap_or_else(|_| Err(too_long())).map(Arc::new));
         }
         // Equal questions are asked once.
         let mut first: HashMap<&CacheKey, usize> = HashMap::new();
@@ -50,10 +63,10 @@ impl Engine {
         let mut open: Vec<Open> =
             first.values().filter_map(|place| Some((*place, asked[*place].as_ref().ok()?.clone()))).collect();
         open.sort_by_key(|(place, _)| *place);
-        let found = core.answers(open, at_least).await;
+        let found = core.answers(open, at_least, until).await;
         let answer = |(place, asked): (&Option<usize>, &Result<Arc<Asked>, QueryFailure>)| match (place, asked) {
             (_, Err(failure)) => Err(failure.clone()),
-            (Some(place), Ok(_)) => found.get(place).cloned().unwrap_or_else(|| Err(not_that_fresh())),
+            (Some(place), Ok(_)) => found.get(place).cloned().unwrap_or_else(|| Err(too_long())),
             (None, Ok(_)) => Err(not_that_fresh()),
         };
         places.iter().zip(&asked).map(answer).collect()
@@ -61,7 +74,8 @@ impl Engine {
 }
 
 impl Core {
-    async fn answers(self: &Arc<Core>, open: Vec<Open>, at_least: AtLeast) -> HashMap<usize, Outcome> {
+    /// What is not answered by then is left out.
+    async fn answers(self: &Arc<Core>, open: Vec<Open>, at_least: AtLeast, until: Instant) -> HashMap<usize, Outcome> {
         let mut found = HashMap::new();
         // Pages and answers that are not kept go their own way from the start.
         let (merging, mut alone): (Vec<_>, Vec<_>) =
@@ -86,15 +100,16 @@ impl Core {
                 }
             }
         }
-        let together = stream::iter(merged).map(|many| self.together(many, at_least)).buffer_unordered(self.at_once());
-        for (answered, left) in together.collect::<Vec<_>>().await {
+        let together =
+            stream::iter(merged).map(|many| timeout_at(until, self.together(many, at_least))).buffer_unordered(self.at_once());
+        for (answered, left) in together.collect::<Vec<_>>().await.into_iter().flatten() {
             found.extend(answered);
             alone.extend(left);
         }
         let one_by_one = stream::iter(alone)
-            .map(|(place, asked)| async move { (place, self.answer(&asked, at_least).await) })
+            .map(|(place, asked)| timeout_at(until, async move { (place, self.answer(&asked, at_least).await) }))
             .buffer_unordered(self.at_once());
-        found.extend(one_by_one.collect::<Vec<_>>().await);
+        found.extend(one_by_one.collect::<Vec<_>>().await.into_iter().flatten());
         found
     }
 

@@ -136,16 +136,14 @@ fn over(message: &str, hint: &str) -> QueryFailure {
 impl Core {
     /// Waits until a transaction that begins now sees what was asked for.
     async fn visible(&self, at_least: AtLeast) -> Result<(), QueryFailure> {
-        let until = Instant::now() + WAIT;
         if at_least == AtLeast::Any {
             return Ok(());
         }
-        loop {
-            match self.fence().await {
-                Ok(fence) if contains(&fence, at_least) => return Ok(()),
-                _ if Instant::now() >= until => return Err(not_that_fresh()),
-                _ => tokio::time::sleep(Duration::from_millis(5)).await,
+        let seen = async {
+            while !self.fence().await.is_ok_and(|fence| contains(&fence, at_least)) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
             }
-        }
+        };
+        timeout(WAIT, seen).await.map_err(|_| not_that_fresh())
     }
 }

@@ -1,10 +1,13 @@
 //! The HTTP door: every path, and the state that the handlers share.
 //!
 //! [`realtime`]: WebSocket for Supabase clients. [`sse`]: event streams. [`cache`], [`query`]: reads.
-//! [`health`], [`admin`]: for operators. [`tiers`]: what every answer says of a tier that is away. [`identity`]: who is asking. Errors are [`refusal::Refusal`]s.
+//! [`health`], [`admin`]: for operators. [`tiers`]: what every answer says of a tier that is away. [`identity`]: who is asking.
+//! [`uploads`]: bodies on their way in. [`header_lines`], [`etag`]: what a request's headers say. Errors are [`refusal::Refusal`]s.
 
 pub mod admin;
 pub mod cache;
+pub mod etag;
+pub mod header_lines;
 pub mod health;
 pub mod identity;
 mod object;
@@ -15,6 +18,7 @@ pub mod realtime;
 pub mod refusal;
 pub mod sse;
 pub mod tiers;
+pub mod uploads;
 
 use std::{
     net::SocketAddr,
@@ -128,6 +132,7 @@ pub fn router(app: App) -> Router {
     router
         .method_not_allowed_fallback(pages::method_not_allowed)
         .fallback(pages::not_found)
+        .layer(axum::middleware::from_fn_with_state(uploads::Uploads::default(), uploads::bound))
         .layer(axum::middleware::map_response_with_state(app.clone(), tiers::tell))
         .layer(axum::middleware::map_response(common_headers))
         .with_state(app)

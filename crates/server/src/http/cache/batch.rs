@@ -360,7 +360,7 @@ fn parts(of: &Keys<'_>, new: New<'_>) -> Result<(CacheKey, NewValue, Written), R
         (Some(_), Some(_)) => return Err(bad_entry("an entry has either `ticket` or `written`".to_owned())),
         (Some(ticket), None) => Written::Ticket(ticket),
         (None, Some(xid)) => Written::By(xid),
-        (None, None) => Written::External,
+        (None, None) => Written::Unsaid,
     };
     Ok((key, NewValue { value, content_type: content_type.into(), tags, ttl, negative: new.negative }, written))
 }

@@ -61,7 +61,7 @@ const EXAMPLES: &str = "send {\"tags\": [\"patients:id=7\"]}, {\"namespace\": \"
 pub async fn invalidate(State(app): State<App>, Caller(claims): Caller, body: Bytes) -> Result<Response, Refusal> {
     let asked: Asked = object::read(&body).map_err(|error| wrong("bad_body", format!("the body cannot be read: {error}")))?;
     let invalidation = understood(&app, &claims, &asked)?;
-    if asked.dry_run { surveyed(&app, &invalidation).await } else { invalidated(&app, &invalidation).await }
+    if asked.dry_run { surveyed(&app, &claims, &invalidation).await } else { invalidated(&app, &invalidation).await }
 }
 
 fn wrong(code: &str, why: impl Into<String>) -> Refusal {
@@ -132,11 +132,13 @@ pub async fn invalidated(app: &App, asked: &Invalidation) -> Result<Response, Re
     Ok(([(POSITION, header_value(&position))], Json(answer)).into_response())
 }
 
-async fn surveyed(app: &App, asked: &Invalidation) -> Result<Response, Refusal> {
+async fn surveyed(app: &App, claims: &Claims, asked: &Invalidation) -> Result<Response, Refusal> {
     let position = app.engine.position().to_string();
     let found = app.engine.survey_invalidation(asked).await.map_err(refused)?;
-    let sample: Vec<String> = found.sample.iter().map(ToString::to_string).collect();
-    let answer = json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true, "sample": sample });
+    let mut answer = json!({ "invalidated": found.entries, "estimate": found.estimate, "position": position, "dry_run": true });
+    if app.engine.may_list_keys(claims, asked.namespace.as_deref()) {
+        answer["sample"] = found.sample.iter().map(ToString::to_string).collect();
+    }
     Ok(([(POSITION, header_value(&position))], Json(answer)).into_response())
 }
 

@@ -28,7 +28,7 @@ use walcast_engine::{
     model::{CacheKey, Claims, Tag},
 };
 
-use crate::http::{App, identity::Caller, refusal::Refusal};
+use crate::http::{App, etag, header_lines, identity::Caller, refusal::Refusal};
 
 const TICKET: HeaderName = HeaderName::from_static("walcast-ticket");
 /// On a miss: `lead` computes, `wait` may ask again instead, for somebody computes already.
@@ -99,7 +99,7 @@ async fn miss(app: &App, key: &CacheKey, forwarded: &str, why: &str, leads: bool
 }
 
 fn hit(key: &CacheKey, entry: &Entry, headers: &HeaderMap, status: &str, age: Duration) -> Response {
-    let same = headers.get(header::IF_NONE_MATCH).is_some_and(|tag| tag.as_bytes() == entry.etag.as_bytes());
+    let same = headers.get_all(header::IF_NONE_MATCH).iter().any(|list| etag::matches(list.as_bytes(), &entry.etag));
     let mut response = if entry.negative {
         let refusal = Refusal::new(StatusCode::NOT_FOUND, "negative", format!("{key} is known not to exist"));
         refusal.hint("nothing need be read; a commit on its tags ends this answer, or its time").into_response()
@@ -132,22 +132,16 @@ pub async fn put(
             .hint("split the value, or raise cache.max_value_bytes")
     };
     let value = whole(body, limit).await.ok_or_else(too_large)?;
-    // One that cannot be read is not the same as none: without its tags a value would stay.
-    let unreadable = MEANT.into_iter().find(|name| headers.get_all(*name).iter().any(|value| value.to_str().is_err()));
-    if let Some(name) = unreadable {
-        let why = format!("header `{name}` holds something other than visible ASCII");
-        return Err(Refusal::new(StatusCode::BAD_REQUEST, "bad_header", why).hint("percent-encode what is not ASCII"));
-    }
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).map(str::trim);
-    let written = text("walcast-written").map(transaction_id).transpose()?;
-    let written = match (text("walcast-ticket"), written) {
+    let text = |name: &'static str| header_lines::only(&headers, name);
+    let written = match (text("walcast-ticket")?, text("walcast-written")?.map(transaction_id).transpose()?) {
         (Some(ticket), _) => Written::Ticket(ticket.to_owned()),
         (None, Some(xid)) => Written::By(xid),
-        (None, None) => Written::External,
+        (None, None) => Written::Unsaid,
     };
-    let negative = is_negative(text("walcast-negative"), &value)?;
-    let content_type = text("content-type").unwrap_or("application/octet-stream").into();
-    let value = NewValue { value, content_type, tags: tags(text("cache-tag"))?, ttl: max_age(&headers)?, negative };
+    let negative = is_negative(text("walcast-negative")?, &value)?;
+    let content_type = text("content-type")?.unwrap_or("application/octet-stream").into();
+    let tags = tags(header_lines::joined(&headers, "cache-tag")?.as_deref())?;
+    let value = NewValue { value, content_type, tags, ttl: max_age(&headers)?, negative };
     let position = app.engine.position();
     let precondition = presence::precondition(&headers)?;
     // Whoever says what must be there wants to know whether it was.
@@ -171,9 +165,6 @@ pub async fn put(
     };
     Ok(([(POSITION, header_value(&position.to_string()))], Json(answer)).into_response())
 }
-
-/// Headers of a PUT that say what the value is.
-const MEANT: [&str; 6] = ["walcast-ticket", "walcast-written", "walcast-negative", "content-type", "cache-tag", "cache-control"];
 
 /// What comes beyond the limit and is read all the same, so that the connection can be used again.
 const DRAINED_BYTES: usize = 32 << 20;
@@ -258,12 +249,12 @@ fn key(
 
 /// `Walcast-At-Least: <position or transaction id>`.
 pub fn freshness(headers: &HeaderMap) -> Result<Freshness, Refusal> {
-    let Some(value) = headers.get("walcast-at-least") else { return Ok(Freshness::Any) };
     let wrong = |why: String| {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_position", why)
             .hint("send a Walcast-Position as it came, or the result of pg_current_xact_id()")
     };
-    let text = value.to_str().map_err(|_| wrong("Walcast-At-Least holds something other than visible ASCII".into()))?.trim();
+    let text = header_lines::only(headers, "walcast-at-least").map_err(|Refusal(problem)| wrong(problem.title))?;
+    let Some(text) = text else { return Ok(Freshness::Any) };
     match text.parse() {
         Ok(0) => return Err(wrong("0 is no transaction id".into())),
         Ok(xid) => return Ok(Freshness::Contains(xid)),
@@ -312,6 +303,7 @@ fn directives(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 }
 
 fn max_age(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    header_lines::joined(headers, "cache-control")?;
     let refused = |why: String| {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_max_age", why)
             .hint("Cache-Control: max-age=300, or leave it out for the namespace's own")
@@ -319,10 +311,10 @@ fn max_age(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
     let mut age = None;
     for directive in directives(headers) {
         let (name, value) = directive.split_once('=').map_or((directive, None), |(name, value)| (name, Some(value)));
-        if !name.eq_ignore_ascii_case("max-age") {
+        if !name.trim().eq_ignore_ascii_case("max-age") {
             continue;
         }
-        let digits = value.unwrap_or_default().trim_matches('"');
+        let digits = value.unwrap_or_default().trim().trim_matches('"');
         let seconds = digits.parse().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit()));
         let seconds = seconds.ok_or_else(|| refused(format!("`{directive}` does not say a number of seconds")))?;
         if let Some(before) = age.replace(seconds).filter(|before| *before != seconds) {

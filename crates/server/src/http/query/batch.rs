@@ -14,9 +14,10 @@ use walcast_protocol::problem::Problem;
 use crate::http::{
     App,
     cache::freshness,
+    etag,
     identity::Caller,
     object::{self, Object},
-    query::{cache_status, etag, refused, texts},
+    query::{cache_status, refused, texts},
     refusal::Refusal,
 };
 

@@ -3,7 +3,6 @@
 //! [`batch`]: `POST /query/v1`, many at once. [`lines`]: rows of any number, as NDJSON. [`slow`]: what took long.
 
 pub mod batch;
-pub mod etag;
 pub mod lines;
 pub mod slow;
 
@@ -22,6 +21,7 @@ use walcast_engine::{Expiry, How, QueryAnswer, QueryFailure, model::Claims};
 use crate::http::{
     App,
     cache::{freshness, header_value},
+    etag,
     identity::{Caller, query_pairs},
     refusal::Refusal,
 };
