@@ -305,9 +305,8 @@ impl Cache {
         Ok(self.store_if(key, entry, |there| precondition.is_met(there.or(in_l2.as_deref()))))
     }
 
-    fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
-        let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
-        let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
+    /// What the value alone tells. For whoever looks its tags up before it is put: first count them.
+    pub fn check_bounds(&self, value: &NewValue) -> Result<(), PutError> {
         let config = &self.0.config;
         if value.value.len() > config.max_value_bytes {
             return Err(PutError::TooLarge { bytes: value.value.len(), limit: config.max_value_bytes });
@@ -318,9 +317,16 @@ impl Cache {
         if !content_type_is_valid(&value.content_type) {
             return Err(PutError::ContentType);
         }
+        Ok(())
+    }
+
+    fn made(&self, key: &CacheKey, value: NewValue, fence: Fence) -> Result<Arc<Entry>, PutError> {
+        let unknown = || PutError::UnknownNamespace(key.namespace().to_owned());
+        let namespace = self.namespace(key.namespace()).ok_or_else(unknown)?;
+        self.check_bounds(&value)?;
         // Stored or refused, his turn is over.
         self.give_turn_back(key);
-        let ttl = config.ttl(namespace, value.ttl, value.negative);
+        let ttl = self.0.config.ttl(namespace, value.ttl, value.negative);
         let ttl = ttl.ok_or_else(|| PutError::Negative(key.namespace().to_owned()))?;
         if !(CacheConfig::MIN_TTL..=CacheConfig::MAX_TTL).contains(&ttl) {
             return Err(PutError::Ttl(ttl));
@@ -365,6 +371,9 @@ impl Cache {
                 refusal = Some(Refusal::Precondition);
             } else if there.is_some_and(|there| there.fence.age_rank() > rank && self.is_valid(there)) {
                 refusal = Some(Refusal::Older);
+            } else if let Some(l2) = self.l2_of(key) {
+                // While nobody else may put this key: of two with equal fences the table would keep the one queued last.
+                l2.write(key, &entry);
             }
             refusal.is_none()
         };
@@ -373,9 +382,6 @@ impl Cache {
         }
         // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
         // because each read judges what it has in hand.
-        if let Some(l2) = self.l2_of(key) {
-            l2.write(key, &entry);
-        }
         self.give_turn_back(key);
         self.0.stats.stores.add(1);
         Stored::Yes { entry }

@@ -103,7 +103,7 @@ select hash, namespace, key, value, content_type, tags, floor, settled, snapshot
 from walcast.cache_entries where hash = any($1) and epoch = $2";
 
 impl L2 {
-    /// The pool should be its own: a reader who waits for a connection counts as slow.
+    /// The pool may be everybody's: to wait for a connection that others use is no failure of the table.
     pub fn start(pool: Pool, config: L2Config) -> L2 {
         let (jobs, inbox) = mpsc::channel(config.queue_items.max(1));
         let room = Arc::new(Semaphore::new(config.queue_bytes.min(Semaphore::MAX_PERMITS)));
@@ -207,6 +207,8 @@ impl Table {
                 }
                 rows.iter().for_each(|row| self.place(row, keys, &mut entries));
             }
+            // No verdict: nobody asked the table.
+            Err(PgError::Busy { .. }) => self.stats.l2_skipped.add(1),
             Err(error) => {
                 self.stats.l2_errors.add(1);
                 if leave.failed(Instant::now()) {
@@ -222,7 +224,7 @@ impl Table {
         let digests: Vec<[u8; 16]> = keys.iter().map(|key| key.digest()).collect();
         let hashes: Vec<&[u8]> = digests.iter().map(|digest| &digest[..]).collect();
         let epoch = self.epoch().to_string();
-        let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let lease = self.pool.lease_by(deadline, DOING).await?;
         let answer = timeout_at(deadline, lease.query_kept(READ, &[(&hashes, Type::BYTEA_ARRAY), (&epoch, Type::TEXT)])).await;
         match answer {
             Ok(rows) => rows.map_err(PgError::when(DOING)),

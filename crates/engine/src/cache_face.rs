@@ -98,6 +98,7 @@ impl Engine {
         let namespace = core.cache.namespace(key.namespace());
         let namespace = namespace.ok_or_else(|| PutError::UnknownNamespace(key.namespace().to_owned()))?;
         let external = namespace.external;
+        core.cache.check_bounds(&value)?;
         let all_tags: Vec<Tag> = value.tags.iter().chain(&namespace.tags).cloned().collect();
         if let Some(tag) = all_tags.iter().find(|tag| tag.is_companion()) {
             let why = "`*` stands for the values that a commit cannot tell; use the tag of a value, or the table's".to_owned();
