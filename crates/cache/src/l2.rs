@@ -126,7 +126,7 @@ const READ_ONE: &str = read_where!("hash = $1");
 const READ_MANY: &str = read_where!("hash = any($1)");
 
 impl L2 {
-    /// The pool should be its own: a reader who waits for a connection counts as slow.
+    /// The pool may be everybody's: to wait for a connection that others use is no failure of the table.
     pub fn start(pool: Pool, config: L2Config) -> L2 {
         let (jobs, inbox) = mpsc::channel(config.queue_items.max(1));
         let room = Arc::new(Semaphore::new(config.queue_bytes.min(Semaphore::MAX_PERMITS)));
@@ -247,6 +247,8 @@ impl Table {
                     tracing::info!("the cache table answers again");
                 }
             }
+            // No verdict: nobody asked the table.
+            Err(PgError::Busy { .. }) => self.stats.l2_skipped.add(1),
             Err(error) => {
                 self.stats.l2_errors.add(1);
                 if leave.failed(Instant::now()) {
@@ -260,7 +262,7 @@ impl Table {
     async fn rows(&self, wanted: &Wanted<'_>, deadline: tokio::time::Instant, place: impl FnMut(&Row)) -> Result<(), PgError> {
         let slow = || PgError::Away { doing: DOING, source: "no answer within `read_timeout`".into() };
         let epoch = self.epoch().to_string();
-        let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let lease = self.pool.lease_by(deadline, DOING).await?;
         let hashes: Vec<&[u8]> = wanted.0.iter().map(|(digest, ..)| &digest[..]).collect();
         let (statement, which): (_, (&(dyn ToSql + Sync), Type)) = match &hashes[..] {
             [one] => (READ_ONE, (one, Type::BYTEA)),

@@ -161,6 +161,7 @@ impl Table {
         let result = work.await;
         match &result {
             Ok(_) => drop(leave.succeeded()),
+            Err(PgError::Busy { .. }) => self.stats.l2_skipped.add(rows),
             // Somebody's transaction holds what we would write. That says nothing about the table: no verdict.
             Err(error) if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) => self.stats.l2_errors.add(1),
             Err(error) => {
@@ -177,7 +178,7 @@ impl Table {
     pub(crate) async fn transaction(&self, statement: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>, PgError> {
         let deadline = tokio::time::Instant::now() + self.config.write_timeout;
         let slow = || PgError::Away { doing: DOING, source: "no answer within `write_timeout`".into() };
-        let lease = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let lease = self.pool.lease_by(deadline, DOING).await?;
         let statements = async {
             lease.batch_execute(BEGIN).await?;
             let rows = lease.query_typed(statement, parameters).await?;

@@ -114,6 +114,11 @@ impl Table {
                 leave.succeeded();
                 Ok(taken)
             }
+            // No verdict: nobody asked the table.
+            Err(PgError::Busy { .. }) => {
+                self.stats.l2_skipped.add(1);
+                Err(Unasked)
+            }
             Err(error) => {
                 self.stats.l2_errors.add(1);
                 if leave.failed(std::time::Instant::now()) {
@@ -128,7 +133,7 @@ impl Table {
         let slow = || PgError::Away { doing: DOING, source: "no answer within `read_timeout`".into() };
         let (hash, length) = (key.digest(), CacheConfig::LEASE.as_millis() as i64);
         let hash = &hash[..];
-        let connection = timeout_at(deadline, self.pool.lease(DOING)).await.map_err(|_| slow())??;
+        let connection = self.pool.lease_by(deadline, DOING).await?;
         let parameters: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 3] =
             [(&hash, Type::BYTEA), (&holder, Type::TEXT), (&length, Type::INT8)];
         match timeout_at(deadline, connection.query_typed(TAKE, &parameters)).await {

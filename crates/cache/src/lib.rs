@@ -82,11 +82,11 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
     ("cache/0002_upkeep", include_str!("../sql/0002_upkeep.sql")),
     ("cache/0003_leases", include_str!("../sql/0003_leases.sql")),
     ("cache/0004_grants", include_str!("../sql/0004_grants.sql")),
-    ("cache/0004_judge", include_str!("../sql/0004_judge.sql")),
-    ("cache/0004_tags", include_str!("../sql/0004_tags.sql")),
-    ("cache/0004_functions", include_str!("../sql/0004_functions.sql")),
-    ("cache/0004_cached", include_str!("../sql/0004_cached.sql")),
-    ("cache/0005_external", include_str!("../sql/0005_external.sql")),
+    ("cache/0005_judge", include_str!("../sql/0005_judge.sql")),
+    ("cache/0006_tags", include_str!("../sql/0006_tags.sql")),
+    ("cache/0007_functions", include_str!("../sql/0007_functions.sql")),
+    ("cache/0008_cached", include_str!("../sql/0008_cached.sql")),
+    ("cache/0009_external", include_str!("../sql/0009_external.sql")),
 ];
 
 /// Functions that callers may execute, in schema `walcast`. Each checks the caller's grants at every call.

@@ -121,6 +121,10 @@ impl Cache {
                 refusal = Some(Refusal::Precondition);
             } else if there.is_some_and(|there| there.fence.age_rank() > rank && self.is_valid(there)) {
                 refusal = Some(Refusal::Older);
+            } else if let Some(l2) = self.0.l2.as_ref().filter(|_| !self.is_external(key)) {
+                // While nobody else may put this key: of two with equal fences the table would keep the one queued last.
+                // A value from elsewhere is there already.
+                l2.write(key, &entry);
             }
             refusal.is_none()
         };
@@ -129,10 +133,6 @@ impl Cache {
         }
         // A commit that comes in between the test above and here finds the entry stored and invalid: harmless,
         // because each read judges what it has in hand.
-        // A value from elsewhere is there already.
-        if let Some(l2) = self.0.l2.as_ref().filter(|_| !self.is_external(key)) {
-            l2.write(key, &entry);
-        }
         self.give_turn_back(key);
         self.0.stats.stores.add(1);
         Stored::Yes { entry }

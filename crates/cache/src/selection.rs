@@ -12,18 +12,40 @@ use walcast_model::{CacheKey, Tag, TagHash};
 use crate::Entry;
 
 /// `*` is any text, `?` any one character, all else is itself. Means what [`Glob::like`] means to PostgreSQL.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// Kept as a set of states, one bit each: "so many characters of the pattern are matched". One step for all of them at once
+/// for each character of a key, so no pattern makes a key expensive: it is tested for every read while it stands.
+#[derive(Debug, Clone)]
 pub struct Glob {
     text: String,
-    parts: Box<[Part]>,
+    /// States behind which a `*` stands: any character leaves them as they are.
+    stays: Box<[u64]>,
+    /// The state in which all is matched.
+    whole: usize,
+    /// Characters of the pattern, in order; each has a row of `enters`.
+    alphabet: Box<[char]>,
+    /// The states that a character leads into. The last row is for those that the pattern does not name.
+    enters: Box<[u64]>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Any,
-    One,
-    Same(char),
+const WORD: usize = u64::BITS as usize;
+const MOST_WORDS: usize = CacheKey::MAX_CHARS / WORD + 1;
+
+fn set(bits: &mut [u64], at: usize) {
+    bits[at / WORD] |= 1 << (at % WORD);
 }
+
+fn has(bits: &[u64], at: usize) -> bool {
+    bits[at / WORD] & 1 << (at % WORD) != 0
+}
+
+impl PartialEq for Glob {
+    fn eq(&self, other: &Glob) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Glob {}
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GlobError {
@@ -46,16 +68,28 @@ impl FromStr for Glob {
             _ if text.chars().any(char::is_control) => return Err(GlobError::Control),
             _ => {}
         }
-        let mut parts: Vec<Part> = text
-            .chars()
-            .map(|c| match c {
-                '*' => Part::Any,
-                '?' => Part::One,
-                c => Part::Same(c),
-            })
-            .collect();
-        parts.dedup_by(|a, b| (*a, *b) == (Part::Any, Part::Any));
-        Ok(Glob { text: text.to_owned(), parts: parts.into() })
+        let whole = text.chars().filter(|c| *c != '*').count();
+        let words = whole / WORD + 1;
+        let mut alphabet: Vec<char> = text.chars().filter(|c| !matches!(c, '*' | '?')).collect();
+        alphabet.sort_unstable();
+        alphabet.dedup();
+        let (mut stays, mut enters) = (vec![0; words], vec![0; words * (alphabet.len() + 1)]);
+        let mut state = 0;
+        for c in text.chars() {
+            match c {
+                '*' => set(&mut stays, state),
+                '?' => {
+                    state += 1;
+                    enters.chunks_exact_mut(words).for_each(|row| set(row, state));
+                }
+                c => {
+                    state += 1;
+                    let row = alphabet.partition_point(|known| *known < c);
+                    set(&mut enters[row * words..][..words], state);
+                }
+            }
+        }
+        Ok(Glob { text: text.to_owned(), stays: stays.into(), whole, alphabet: alphabet.into(), enters: enters.into() })
     }
 }
 
@@ -67,34 +101,28 @@ impl fmt::Display for Glob {
 
 impl Glob {
     pub fn matches(&self, text: &str) -> bool {
-        let (mut at, mut rest) = (0, text.chars());
-        // Behind the last star, and where the text that it leaves begins: only the last one ever needs to give more.
-        let mut star: Option<(usize, std::str::Chars<'_>)> = None;
-        loop {
-            let part = self.parts.get(at);
-            if part == Some(&Part::Any) {
-                at += 1;
-                star = Some((at, rest.clone()));
-                continue;
+        let words = self.stays.len();
+        let mut room = [0; MOST_WORDS];
+        let states = &mut room[..words];
+        set(states, 0);
+        for c in text.chars() {
+            if has(states, self.whole) && has(&self.stays, self.whole) {
+                return true;
             }
-            let mut ahead = rest.clone();
-            let fits = match (part, ahead.next()) {
-                (None, None) => return true,
-                (Some(Part::One), Some(_)) => true,
-                (Some(Part::Same(wanted)), Some(c)) => *wanted == c,
-                _ => false,
-            };
-            if fits {
-                at += 1;
-                rest = ahead;
-                continue;
+            let row = self.alphabet.binary_search(&c).unwrap_or(self.alphabet.len());
+            let enters = &self.enters[row * words..][..words];
+            let (mut carried, mut left) = (0, 0);
+            for ((state, enter), stay) in states.iter_mut().zip(enters).zip(&self.stays) {
+                let before = *state;
+                *state = (((before << 1) | carried) & enter) | (before & stay);
+                carried = before >> (WORD - 1);
+                left |= *state;
             }
-            let Some((behind, from)) = &mut star else { return false };
-            if from.next().is_none() {
+            if left == 0 {
                 return false;
             }
-            (at, rest) = (*behind, from.clone());
         }
+        has(states, self.whole)
     }
 
     /// The same as a LIKE pattern with `\` as its escape.
@@ -186,7 +214,10 @@ impl Selection {
     /// What it holds in memory, about.
     pub(crate) fn weight(&self) -> usize {
         let tags = self.all_of.iter().chain(&self.any_of).map(|tag| tag.as_str().len() + 40).sum::<usize>();
-        let pattern = self.pattern.as_ref().map_or(0, |glob| glob.text.len() + glob.parts.len() * 8);
+        let pattern = self
+            .pattern
+            .as_ref()
+            .map_or(0, |glob| glob.text.len() + glob.alphabet.len() * 4 + (glob.enters.len() + glob.stays.len()) * 8);
         256 + tags + pattern + self.namespace.as_ref().map_or(0, String::len)
     }
 
@@ -223,6 +254,18 @@ mod tests {
         check("100%_\\", &["100%_\\"], &["1000_\\", "100%x\\"]);
         check("**", &["", "x"], &[]);
         check(&"a*".repeat(200), &[&"a".repeat(500)], &[&"b".repeat(500)]);
+    }
+
+    #[test]
+    fn p7_no_pattern_makes_a_key_expensive() {
+        // What makes a matcher that tries each place anew walk the pattern for each character.
+        let (text, part) = ("a".repeat(CacheKey::MAX_CHARS), "a".repeat(255));
+        let began = std::time::Instant::now();
+        for (pattern, fits) in [(format!("*{part}b"), false), (format!("*{part}b*"), false), (format!("*?{part}*"), true)] {
+            let glob: Glob = pattern.parse().unwrap();
+            assert!((0..20_000).all(|_| glob.matches(&text) == fits), "{pattern}");
+        }
+        assert!(began.elapsed() < std::time::Duration::from_secs(30), "took {:?}", began.elapsed());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::{
 };
 
 use parking_lot::RwLock;
-use walcast_model::{Fence, Lsn, Stamp, TagClock, TagHash};
+use walcast_model::{Fence, Lsn, Stamp, TagClock, TagHash, Xid};
 
 use crate::{Entry, Selection};
 
@@ -71,6 +71,8 @@ struct Member {
     selection: Arc<Selection>,
     /// In LSN order.
     stamps: Vec<Stamp>,
+    /// Largest LSN that no longer has a stamp of its own: older ones went with it, so it counts as heard by everybody.
+    dropped: Lsn,
     since_ms: u64,
 }
 
@@ -79,19 +81,28 @@ impl Member {
         if self.stamps.contains(&stamp) {
             return;
         }
+        // As a checkpoint keeps what was dropped.
+        if stamp.xid == Xid::NEVER {
+            self.dropped = self.dropped.max(stamp.lsn);
+            return;
+        }
         let at = self.stamps.partition_point(|known| known.lsn <= stamp.lsn);
         self.stamps.insert(at, stamp);
         if self.stamps.len() > REMEMBERED {
-            // The two oldest become one that no snapshot sees: from now on only W clears it.
-            let dropped = self.stamps.remove(0);
-            let oldest = &mut self.stamps[0];
-            *oldest = Stamp::unseen(oldest.lsn.max(dropped.lsn));
+            // From now on only W clears it.
+            self.dropped = self.dropped.max(self.stamps.remove(0).lsn);
         }
+    }
+
+    /// One for each commit, and one that no snapshot sees for those that lost theirs.
+    fn all_stamps(&self) -> impl Iterator<Item = Stamp> {
+        let dropped = (self.dropped > Lsn::ZERO).then(|| Stamp::unseen(self.dropped));
+        dropped.into_iter().chain(self.stamps.iter().copied())
     }
 
     fn is_covered(&self, fence: &Fence, until: Lsn) -> bool {
         let known = |stamp: &Stamp| stamp.lsn <= fence.settled || stamp.lsn > until || fence.snapshot.sees(stamp.xid);
-        self.stamps.iter().rev().all(known)
+        self.dropped <= fence.settled && self.stamps.iter().rev().all(known)
     }
 }
 
@@ -102,14 +113,14 @@ impl Selections {
         list.version += 1;
         if selection.weight() > MOST_BYTES / 8 {
             // Would push out many others for one that names much anyway.
-            list.widen(&selection, &[stamp], clock);
+            list.widen(&selection, [stamp], clock);
         } else {
             list.push(selection, stamp, since_ms);
             while list.members.len() > MOST || list.weight > MOST_BYTES {
                 let Some(oldest) = list.members.pop_front() else { break };
                 list.weight -= oldest.selection.weight();
                 // Still under the write lock: nobody judges between its leaving here and its raising there.
-                list.widen(&oldest.selection, &oldest.stamps, clock);
+                list.widen(&oldest.selection, oldest.all_stamps(), clock);
             }
         }
         self.newest.fetch_max(stamp.lsn.0, Ordering::AcqRel);
@@ -150,8 +161,8 @@ impl Selections {
             return None;
         }
         let kept = list.members.iter().flat_map(|member| {
-            let one = |stamp: &Stamp| Kept { selection: member.selection.clone(), stamp: *stamp, since_ms: member.since_ms };
-            member.stamps.iter().map(one)
+            let one = |stamp| Kept { selection: member.selection.clone(), stamp, since_ms: member.since_ms };
+            member.all_stamps().map(one)
         });
         Some(Keeping { kept: kept.collect(), widened: list.widened.keys().copied().collect(), version: list.version })
     }
@@ -175,17 +186,22 @@ impl List {
             Some(member) => member,
             None => {
                 self.weight += selection.weight();
-                Member { selection: Arc::new(selection), stamps: Vec::with_capacity(1), since_ms }
+                Member { selection: Arc::new(selection), stamps: Vec::with_capacity(1), dropped: Lsn::ZERO, since_ms }
             }
         };
         member.remember(stamp);
         self.members.push_back(member);
     }
 
-    fn widen(&mut self, selection: &Selection, stamps: &[Stamp], clock: &TagClock) {
+    fn widen(&mut self, selection: &Selection, stamps: impl IntoIterator<Item = Stamp>, clock: &TagClock) {
         let tag = selection.widest_tag();
         tracing::debug!(%tag, "an invalidation by hand is widened: too many stand");
-        stamps.iter().for_each(|stamp| clock.raise(tag.hash(), *stamp));
+        for stamp in stamps {
+            match stamp.xid {
+                Xid::NEVER => clock.drop_up_to(tag.hash(), stamp.lsn),
+                _ => clock.raise(tag.hash(), stamp),
+            }
+        }
         self.widened.insert(tag.hash(), self.version);
     }
 }
@@ -194,7 +210,7 @@ impl List {
 mod tests {
     use std::time::Duration;
 
-    use walcast_model::{CacheKey, Floor, Tag, Xid};
+    use walcast_model::{CacheKey, Floor, Tag};
 
     use super::*;
     use crate::{NewValue, entry::Life};
@@ -285,6 +301,31 @@ mod tests {
         assert_eq!(touch("10:1000:69", 118), Touch::Hard, "the last one is compared by itself");
         assert_eq!(touch("10:1000:", 118), Touch::Not);
         assert_eq!(touch("10:1000:", 90), Touch::Hard, "sees all, but the old ones are only known by their place");
+    }
+
+    #[test]
+    fn p4_a_reader_shares_nothing_from_before_an_invalidation_that_he_heard_of_however_many_follow() {
+        let (selections, clock_before) = (Selections::default(), clock());
+        let landed = entry("n", "abc", &[], "1:2:", 50);
+        let heard_of_100 = |selections: &Selections, clock: &TagClock| {
+            selections.touch_until(&landed, Lsn(100)) == Touch::Hard
+                || !clock.admits_until(&landed.fence, &landed.tag_hashes, Lsn(100))
+        };
+        for n in 0..=4 {
+            selections.add(like("a*"), stamp(100 + n, 50 + n), n, &clock_before);
+            assert!(heard_of_100(&selections, &clock_before), "{n} followed");
+        }
+        let (restored, clock) = (Selections::default(), clock());
+        for kept in selections.keeping().unwrap().kept {
+            restored.add((*kept.selection).clone(), kept.stamp, kept.since_ms, &clock);
+        }
+        assert!(heard_of_100(&restored, &clock), "a checkpoint brings that back");
+        for n in 0..MOST as u64 {
+            restored.add(like(&format!("k{n}")), stamp(200 + n, 100 + n), n, &clock);
+        }
+        assert!(restored.list.read().members.iter().all(|member| !member.selection.is_as(&like("a*"))));
+        assert!(heard_of_100(&restored, &clock), "widened");
+        assert!(selections.touch_until(&landed, Lsn(99)) == Touch::Hard, "in doubt: only the place of the oldest is known");
     }
 
     #[test]

@@ -39,48 +39,63 @@ fn own_shard() -> usize {
     })
 }
 
-#[derive(Debug, Default)]
-pub struct Stats {
-    pub hits_l1: Counter,
-    pub hits_l2: Counter,
+/// The one list of what has no reasons: a line here is a field and reaches whoever exports them all.
+macro_rules! stats {
+    ($($(#[$doc:meta])* $name:ident,)+) => {
+        #[derive(Debug, Default)]
+        pub struct Stats {
+            $($(#[$doc])* pub $name: Counter,)+
+            misses: [Counter; MissReason::ALL.len()],
+            refusals: [Counter; Refusal::ALL.len()],
+            l2_cleaned_rows: [Counter; Reason::ALL.len()],
+            l2_cleaned_bytes: [Counter; Reason::ALL.len()],
+        }
+
+        impl Stats {
+            fn without_reasons(&self) -> impl Iterator<Item = (&'static str, &Counter)> {
+                [$((stringify!($name), &self.$name),)+].into_iter()
+            }
+        }
+    };
+}
+
+stats! {
+    hits_l1,
+    hits_l2,
     /// Answers marked stale, whatever the reason.
-    pub stale: Counter,
-    misses: [Counter; MissReason::ALL.len()],
-    pub stores: Counter,
-    refusals: [Counter; Refusal::ALL.len()],
+    stale,
+    stores,
     /// Computations that others could join.
-    pub flights: Counter,
+    flights,
     /// Readers that waited for somebody else's computation.
-    pub joins: Counter,
+    joins,
     /// Leaders that went before they landed.
-    pub leaders_lost: Counter,
+    leaders_lost,
     /// Computations for one reader only.
-    pub alone: Counter,
-    pub compute_errors: Counter,
+    alone,
+    compute_errors,
     /// Answers that say "there is nothing".
-    pub negatives: Counter,
+    negatives,
     /// Reads that asked for a new computation whatever the tiers hold.
-    pub forced: Counter,
+    forced,
     /// Readers who were answered stale because the computation took longer than they would wait.
-    pub soft_timeouts: Counter,
+    soft_timeouts,
     /// Computations begun in the background, of entries that are old or about to be.
-    pub refreshes: Counter,
+    refreshes,
     /// Of those: failed, out of time or panicked.
-    pub refresh_errors: Counter,
+    refresh_errors,
     /// Background computations that were not begun because too many run.
-    pub refreshes_full: Counter,
+    refreshes_full,
     /// Values that were to be stored while their callers went on, and were not.
-    pub puts_failed: Counter,
+    puts_failed,
     /// Computations that waited for another process to compute the same key.
-    pub lease_waits: Counter,
-    pub l2_errors: Counter,
-    /// Reads and writes that the open breaker spared.
-    pub l2_skipped: Counter,
+    lease_waits,
+    l2_errors,
+    /// Reads and writes that the open breaker spared, or that found no connection free.
+    l2_skipped,
     /// Writes that found the queue full, or their row in the hands of somebody's open transaction.
-    pub l2_dropped: Counter,
-    pub l2_written: Counter,
-    l2_cleaned_rows: [Counter; Reason::ALL.len()],
-    l2_cleaned_bytes: [Counter; Reason::ALL.len()],
+    l2_dropped,
+    l2_written,
 }
 
 impl Stats {
@@ -103,25 +118,7 @@ impl Stats {
 
     /// Name, reason where there is one, value: for whoever exports them all.
     pub fn all(&self) -> Vec<(&'static str, Option<&'static str>, u64)> {
-        let mut all: Vec<_> = [
-            ("hits_l1", &self.hits_l1),
-            ("hits_l2", &self.hits_l2),
-            ("stale", &self.stale),
-            ("stores", &self.stores),
-            ("puts_failed", &self.puts_failed),
-            ("flights", &self.flights),
-            ("joins", &self.joins),
-            ("leaders_lost", &self.leaders_lost),
-            ("alone", &self.alone),
-            ("compute_errors", &self.compute_errors),
-            ("l2_errors", &self.l2_errors),
-            ("l2_skipped", &self.l2_skipped),
-            ("l2_dropped", &self.l2_dropped),
-            ("l2_written", &self.l2_written),
-        ]
-        .into_iter()
-        .map(|(name, counter)| (name, None, counter.get()))
-        .collect();
+        let mut all: Vec<_> = self.without_reasons().map(|(name, counter)| (name, None, counter.get())).collect();
         all.extend(MissReason::ALL.iter().map(|reason| ("misses", Some(reason.as_str()), self.misses(*reason).get())));
         all.extend(Refusal::ALL.iter().map(|reason| ("refusals", Some(reason.as_str()), self.refusals(*reason).get())));
         for reason in Reason::ALL {
@@ -129,5 +126,26 @@ impl Stats {
             all.push(("l2_cleaned_bytes", Some(reason.as_str()), self.l2_cleaned_bytes(reason).get()));
         }
         all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_counted_is_told_each_by_its_own_name() {
+        let stats = Stats::default();
+        let all = stats.all();
+        let shown = format!("{stats:#?}");
+        let fields: Vec<&str> =
+            shown.lines().filter_map(|line| line.strip_prefix("    ")?.split_once(':')).map(|(name, _)| name).collect();
+        for field in fields.into_iter().filter(|field| !field.starts_with(' ')) {
+            assert!(all.iter().any(|(name, ..)| *name == field), "{field} reaches nobody");
+        }
+        stats.soft_timeouts.add(3);
+        stats.negatives.add(4);
+        let told = |wanted: &str| stats.all().iter().find(|(name, ..)| *name == wanted).map(|(.., value)| *value);
+        assert_eq!((told("soft_timeouts"), told("negatives"), told("joins")), (Some(3), Some(4), Some(0)));
     }
 }

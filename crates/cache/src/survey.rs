@@ -38,11 +38,15 @@ const SAMPLE: usize = 20;
 impl Cache {
     /// How many entries of L1 it takes, about.
     pub fn count_local(&self, selection: &Selection) -> Survey {
-        let (mut looked, mut taken, now) = (0_u64, 0_u64, now_ms());
+        self.count_within(selection, L1_TIME)
+    }
+
+    fn count_within(&self, selection: &Selection, time: Duration) -> Survey {
+        let (mut looked, mut taken, now, began) = (0_u64, 0_u64, now_ms(), Instant::now());
         let is_whole = self.0.l1.each(|_, entry| {
             looked += 1;
             taken += u64::from(self.takes(selection, entry, now));
-            looked < COUNTED
+            looked < COUNTED && began.elapsed() < time
         });
         let entries = if is_whole { taken } else { taken * (self.l1_entries() as u64).max(looked) / looked.max(1) };
         Survey { entries, estimate: !is_whole || self.0.l2.is_some(), sample: Vec::new() }
@@ -187,4 +191,24 @@ fn without_value(row: &Row) -> Option<Entry> {
     let tags = tags.into_iter().map(Tag::stored).collect();
     let nothing = NewValue { value: Default::default(), content_type: "".into(), tags, ttl: None, negative: false };
     Some(Entry::stored(&key, nothing, fence, [0, stale_until, stale_until], "".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CacheConfig;
+
+    #[tokio::test]
+    async fn p7_a_count_whose_time_is_over_ends_there_and_says_that_it_is_an_estimate() {
+        let (cache, _hand) = Cache::standalone(CacheConfig::default());
+        for n in 0..100 {
+            let value =
+                NewValue { value: "x".into(), content_type: "text/plain".into(), tags: vec![], ttl: None, negative: false };
+            cache.put(&CacheKey::new("n", &format!("k{n}")).unwrap(), value, cache.external_fence()).unwrap();
+        }
+        let all = Selection::default().with_keys_like(Some("k*".parse().unwrap()));
+        let whole = Survey { entries: 100, estimate: false, sample: Vec::new() };
+        assert_eq!(cache.count_local(&all), whole);
+        assert_eq!(cache.count_within(&all, Duration::ZERO), Survey { estimate: true, ..whole });
+    }
 }

@@ -2,15 +2,20 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, Barrier},
+    time::{Duration, Instant},
+};
 
 use common::{
     World, computed, fence, key,
     l2::{flush, node, number, patient, postgres},
-    told,
+    told, value, world_with,
 };
-use walcast_cache::{AtLeast, ComputeOptions, L2Config, Lookup, Source, Tier};
+use walcast_cache::{AtLeast, CacheConfig, ComputeOptions, L2, L2Config, Lookup, Source, Tier};
 use walcast_model::{Epoch, Lsn, Xid};
+use walcast_pg::{ConnectConfig, Pool};
+use walcast_testkit::Proxy;
 
 async fn get(world: &World, name: &str) -> String {
     told(&world.cache.get(&key(name), AtLeast::Any).await)
@@ -272,4 +277,66 @@ async fn computing_reads_the_table_first() {
     after.commit(120, 40, &["patients:id=7"]);
     assert_eq!(after.cache.invalidated_to(), Lsn(120));
     assert_eq!(after.cache.get_or_compute(&key("7"), &asked, compute).await.unwrap().source, Source::Computed);
+}
+
+#[tokio::test]
+async fn p6_a_crowded_pool_says_nothing_about_the_table_and_a_silent_server_does() {
+    let postgres = postgres().await;
+    let proxy = Proxy::to(postgres.port()).await.unwrap();
+    let url = postgres.url().replace(&postgres.port().to_string(), &proxy.port().to_string());
+    let pool = Pool::new(&ConnectConfig::parse(&url).unwrap(), 2, Duration::from_secs(5)).unwrap().direct();
+    let config = L2Config { read_timeout: Duration::from_millis(100), ..L2Config::default() };
+    let w = world_with(CacheConfig::default(), Some(L2::start(pool.clone(), config)));
+    w.put("7", "seven", &[], fence("10:20:", 50));
+    flush(&w).await;
+    w.cache.clear_local();
+
+    // Queries hold every connection for as long as they take.
+    let held = [pool.lease("a slow query").await.unwrap(), pool.lease("a slow query").await.unwrap()];
+    for _ in 0..6 {
+        assert_eq!(get(&w, "7").await, "miss absent");
+    }
+    let stats = w.cache.stats();
+    assert_eq!((stats.l2_errors.get(), stats.l2_skipped.get()), (0, 6));
+    assert!(!w.cache.l2().unwrap().is_away());
+    drop(held);
+    assert_eq!(get(&w, "7").await, "hit seven", "the tier is there the moment that a connection is");
+
+    // Control: with the server silent the connections are not merely lent, though no more come free.
+    w.cache.clear_local();
+    proxy.pause();
+    for _ in 0..6 {
+        assert_eq!(get(&w, "7").await, "miss absent");
+    }
+    assert!(w.cache.l2().unwrap().is_away());
+}
+
+/// Of values with equal fences the later one is the newer: in memory and in the table alike.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn p4_of_two_puts_at_once_the_table_keeps_the_one_that_memory_keeps() {
+    const KEYS: usize = 2_000;
+    const WRITERS: usize = 8;
+    let postgres = postgres().await;
+    let config = L2Config { queue_items: KEYS * WRITERS, queue_bytes: 256 << 20, ..patient() };
+    let w = Arc::new(node(&postgres, config));
+    let together = Arc::new(Barrier::new(WRITERS));
+    let writers = (0..WRITERS).map(|writer| {
+        let (w, together) = (w.clone(), together.clone());
+        std::thread::spawn(move || {
+            for n in 0..KEYS {
+                together.wait();
+                w.put(&format!("k{n}"), &format!("by {writer}"), &[], fence("10:20:", 50));
+            }
+        })
+    });
+    let writers: Vec<_> = writers.collect();
+    writers.into_iter().for_each(|writer| writer.join().unwrap());
+    flush(&w).await;
+    assert_eq!(w.cache.stats().l2_dropped.get(), 0);
+    let keys: Vec<_> = (0..KEYS).map(|n| key(&format!("k{n}"))).collect();
+    let in_memory: Vec<String> = w.cache.get_many(&keys, AtLeast::Any).await.iter().map(told).collect();
+    w.cache.clear_local();
+    let in_table: Vec<String> = w.cache.get_many(&keys, AtLeast::Any).await.iter().map(told).collect();
+    let other = (0..KEYS).filter(|n| in_memory[*n] != in_table[*n]).count();
+    assert_eq!(other, 0, "a replaced value would come back when memory lets the new one go");
 }

@@ -46,6 +46,12 @@ impl Engine {
         if matches!(core.cache.hearing(), Hearing::Lost { .. }) && reasons.is_empty() {
             reasons.push("our own heartbeat has not come back through the stream".into());
         }
+        let stuck: Vec<Value> = core
+            .stuck
+            .all()
+            .into_iter()
+            .map(|(task, since, why)| json!({ "task": task, "for_s": since.as_secs(), "why": why }))
+            .collect();
         let (busy, idle, allowed) = core.pool.status();
         let readiness = if reasons.is_empty() { Readiness::Ready } else { Readiness::NotReady };
         let announced = core.progress.announced();
@@ -58,6 +64,7 @@ impl Engine {
             "invalidated_to": core.progress.invalidated().to_string(),
             "catching_up": core.progress.read_to() < core.progress.catch_up(),
             "heard_ago_ms": core.progress.heard_ago().map(|ago| ago.as_millis() as u64),
+            "stuck": stuck,
             "warnings": core.warnings.lock().clone(),
             "subscriptions": core.subscriptions.count(),
             "pool": { "busy": busy, "idle": idle, "allowed": allowed },

@@ -18,6 +18,7 @@ pub mod pipeline;
 mod progress;
 mod queries;
 mod readback;
+mod stuck;
 mod subscribe;
 mod subscriptions;
 mod table_marks;
@@ -73,9 +74,10 @@ use crate::{
     cache_face::TrackedTables,
     echoes::Echoes,
     metrics::Metrics,
-    pipeline::{Remembered, acknowledge, announce, cascade, intake::IntakeTask, settle},
+    pipeline::{Remembered, acknowledge, announce, cascade, heartbeat, intake::IntakeTask, settle},
     progress::Progress,
     queries::CachedQueries,
+    stuck::Stuck,
     subscriptions::Subscriptions,
     tag_rules::TagRules,
     visibility::RuleBook,
@@ -95,6 +97,8 @@ pub enum EngineError {
     NotReady(#[from] doctor::NotReady),
     #[error("the database was rewound: it has written up to {flushed}, and {handled} was handled here already")]
     Rewound { handled: Lsn, flushed: Lsn },
+    #[error("max_connections is {0}; give at least {least}", least = EngineConfig::LEAST_CONNECTIONS)]
+    TooFewConnections(usize),
     #[error("{0}")]
     Queries(String),
 }
@@ -123,6 +127,9 @@ pub struct Core {
     pub(crate) metrics: Metrics,
     pub(crate) standing: Mutex<Option<Standing>>,
     pub(crate) fingerprint: Mutex<String>,
+    /// When the keeper last asked for it and was answered.
+    pub(crate) rules_read: Mutex<Instant>,
+    pub(crate) stuck: Stuck,
     hearing: Mutex<()>,
     pub(crate) shared_fence: Mutex<Option<(Fence, Instant)>>,
     pub(crate) tracked: Mutex<TrackedTables>,
@@ -150,21 +157,32 @@ pub struct Engine {
 
 /// Waiting for a free connection of the pool.
 const LEASE_WAIT: Duration = Duration::from_secs(5);
-/// Connections outside the pool: replication, sampler, keeper, and one to attach or invalidate.
-const OWN_CONNECTIONS: usize = 4;
+/// Connections outside the pool: replication, sampler, keeper, heartbeat, and one to attach.
+const OWN_CONNECTIONS: usize = 5;
+/// Of the pool: one for what takes long, and one beside it.
+const LEAST_POOLED: usize = 2;
 const REPLAYS: usize = 4;
 /// Messages between stages; their bytes are bounded by the intake's room.
 const STAGE_QUEUE: usize = 4_096;
 
+impl EngineConfig {
+    /// With fewer the budget could not be kept.
+    pub const LEAST_CONNECTIONS: usize = OWN_CONNECTIONS + LEAST_POOLED;
+}
+
 impl Engine {
     /// Attaches to the database, or says clearly why not. On return the stream is open.
     pub async fn start(config: EngineConfig) -> Result<Engine, EngineError> {
+        let pooled = config.max_connections.saturating_sub(OWN_CONNECTIONS);
+        if pooled < LEAST_POOLED {
+            return Err(EngineError::TooFewConnections(config.max_connections));
+        }
         let control = config.connect.connect().await?;
         let expect = expectations(&config);
         doctor::before_serve(&control, &expect).await?;
         let mut warnings = doctor::warnings(&control, &expect).await?;
         let acknowledge_bytes = acknowledge_bytes(&control, config.stream.acknowledge_bytes).await?;
-        let pool = Pool::new(&config.connect, config.max_connections.saturating_sub(OWN_CONNECTIONS).max(2), LEASE_WAIT)?;
+        let pool = Pool::new(&config.connect, pooled, LEASE_WAIT)?;
         // The stream needs the server itself at this address.
         let pool = pool.direct();
         let tag_rules = TagRules::start(&control, &pool, &config.tags, &config.publication_cache).await?;
@@ -191,6 +209,8 @@ impl Engine {
             metrics: Metrics::register(),
             standing: Mutex::new(None),
             fingerprint: Mutex::default(),
+            rules_read: Mutex::new(Instant::now()),
+            stuck: Stuck::default(),
             hearing: Mutex::new(()),
             shared_fence: Mutex::new(None),
             tracked: Mutex::default(),
@@ -237,6 +257,7 @@ impl Engine {
         spawn("settle", settle::run(core.clone(), settle_inbox, to_announce).boxed());
         spawn("announce", announce::run(core.clone(), announce_inbox).boxed());
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
+        spawn("heartbeat", heartbeat::run(core.clone(), cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
         spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();

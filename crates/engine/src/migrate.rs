@@ -298,3 +298,18 @@ async fn run(client: &mut Client, step: &Step) -> Result<bool, MigrateError> {
     transaction.commit().await.map_err(refused)?;
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_rooms_files_run_in_the_order_of_their_numbers() {
+        let parts = |name: &'static str| name.split_once('/').and_then(|(room, rest)| Some((room, rest.split_once('_')?.0)));
+        let names: Vec<(&str, &str)> = files().filter_map(|(name, _)| parts(name)).collect();
+        assert_eq!(names.len(), files().count());
+        for (before, after) in names.iter().zip(&names[1..]).filter(|(before, after)| before.0 == after.0) {
+            assert!(before.1 < after.1, "{before:?} runs before {after:?}");
+        }
+    }
+}

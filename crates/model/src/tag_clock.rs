@@ -135,6 +135,16 @@ impl TagClock {
         self.touch();
     }
 
+    /// Commits up to `lsn` raised it that nobody tells apart any more, so everybody counts as having heard of them.
+    pub fn drop_up_to(&self, tag: TagHash, lsn: Lsn) {
+        let slot = self.slot(tag);
+        let mut recent = lock(&slot.recent);
+        recent.dropped = recent.dropped.max(lsn);
+        slot.newest.fetch_max(lsn.0, Ordering::AcqRel);
+        drop(recent);
+        self.touch();
+    }
+
     /// May a value with these tags, read at `fence`, be stored and answered as fresh?
     pub fn admits(&self, fence: &Fence, tags: &[TagHash]) -> bool {
         self.admits_until(fence, tags, Lsn::MAX)

@@ -6,11 +6,16 @@
 use std::{
     ops::{Deref, DerefMut},
     pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
 use futures_util::TryStreamExt;
+use tokio::time::Instant;
 use tokio_postgres::{
     Row,
     types::{ToSql, Type},
@@ -25,6 +30,8 @@ pub struct Pool {
     wait: Duration,
     tls: MakeRustlsConnect,
     direct: bool,
+    /// Connections that were let go while the server had not answered.
+    unanswered: Arc<AtomicUsize>,
 }
 
 /// A connection on loan; goes back when dropped.
@@ -32,6 +39,7 @@ pub struct Lease {
     object: Object,
     tls: MakeRustlsConnect,
     direct: bool,
+    unanswered: Arc<AtomicUsize>,
 }
 
 impl Pool {
@@ -46,7 +54,7 @@ impl Pool {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| ConnectError::Url(error.to_string()))?;
-        Ok(Pool { inner, wait, tls, direct: false })
+        Ok(Pool { inner, wait, tls, direct: false, unanswered: Arc::default() })
     }
 
     /// No pooler is in between: a connection is one session for as long as it lives, so it may keep prepared statements.
@@ -56,13 +64,26 @@ impl Pool {
     }
 
     pub async fn lease(&self, doing: &'static str) -> Result<Lease, PgError> {
-        self.inner.get().await.map(|object| Lease { object, tls: self.tls.clone(), direct: self.direct }).map_err(|error| {
-            match error {
-                PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
-                PoolError::Backend(error) => PgError::from_driver(doing, error),
-                other => PgError::Away { doing, source: other.to_string().into() },
-            }
+        let lent = |object| Lease { object, tls: self.tls.clone(), direct: self.direct, unanswered: self.unanswered.clone() };
+        self.inner.get().await.map(lent).map_err(|error| match error {
+            PoolError::Timeout(TimeoutType::Wait) => PgError::Busy { doing, waited_ms: self.wait.as_millis() as u64 },
+            PoolError::Backend(error) => PgError::from_driver(doing, error),
+            other => PgError::Away { doing, source: other.to_string().into() },
         })
+    }
+
+    /// For whoever waits less than others do. [`PgError::Busy`] only where all connections are lent and the server answers on
+    /// each, as far as is known: else it is the server that keeps him waiting.
+    pub async fn lease_by(&self, deadline: Instant, doing: &'static str) -> Result<Lease, PgError> {
+        let began = Instant::now();
+        let error = match tokio::time::timeout_at(deadline, self.lease(doing)).await {
+            Ok(Err(PgError::Busy { .. })) | Err(_) => PgError::Busy { doing, waited_ms: began.elapsed().as_millis() as u64 },
+            Ok(decided) => return decided,
+        };
+        let status = self.inner.status();
+        let all_lent = status.size >= status.max_size && self.unanswered.load(Ordering::Acquire) == 0;
+        let why = "no connection came free in time, and the server owes answers on others";
+        Err(if all_lent { error } else { PgError::Away { doing, source: why.into() } })
     }
 
     /// Connections (in use, idle, allowed).
@@ -103,13 +124,31 @@ impl Lease {
     /// it is cancelled. Its place in the pool stays taken until it answers or breaks: a server that hangs would otherwise
     /// get a new connection for each that we let go, and have them all.
     pub fn discard(self) {
-        let Lease { object, tls, .. } = self;
+        let Lease { object, tls, unanswered, .. } = self;
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return drop(Object::take(object)) };
+        let owed = Owed::new(unanswered);
         runtime.spawn(async move {
+            let _owed = owed;
             let _ = tokio::time::timeout(Duration::from_secs(5), object.cancel_token().cancel_query(tls)).await;
             let _ = object.simple_query("rollback").await;
             drop(Object::take(object));
         });
+    }
+}
+
+/// One answer that the server owes us.
+struct Owed(Arc<AtomicUsize>);
+
+impl Owed {
+    fn new(unanswered: Arc<AtomicUsize>) -> Owed {
+        unanswered.fetch_add(1, Ordering::AcqRel);
+        Owed(unanswered)
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -118,6 +118,7 @@ async fn p5_a_commit_between_mget_and_mset_refuses_the_entry_it_touched_and_no_o
 async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() -> Result<()> {
     let house = House::open().await?;
     let ticket = house.ticket("good").await?;
+    let many_tags: Vec<String> = (0..1_000).map(|n| format!("items:unheard_of={n}")).collect();
     let told = house
         .mset(json!([
             { "key": "good", "value": 1, "ticket": ticket },
@@ -132,6 +133,8 @@ async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() ->
             { "key": "tag", "value": 1, "tags": ["~all"], "ticket": ticket },
             { "key": "ttl", "value": 1, "ttl_ms": 1, "ticket": house.ticket("ttl").await? },
             { "key": "large", "value": "x".repeat(70_000), "ticket": house.ticket("large").await? },
+            // Counted before the first of them is looked up.
+            { "key": "tags", "value": 1, "tags": many_tags, "ticket": house.ticket("tags").await? },
             { "key": "unknown", "value": 1, "colour": "red" },
             { "value": 1 },
             ["key", 1],
@@ -151,6 +154,7 @@ async fn one_bad_entry_fails_itself_and_bad_batches_are_refused_with_a_code() ->
         "bad_tag",
         "ttl_out_of_range",
         "value_too_large",
+        "too_many_tags",
         "bad_entry",
         "bad_entry",
         "bad_entry",

@@ -403,3 +403,47 @@ async fn p6_batches_wait_no_longer_than_one_question_while_the_network_is_silent
     scene.server.wait_ready(true).await?;
     scene.server.stop().await
 }
+
+/// A backend that waits for a lock does not notice that nobody waits for it any more: whoever gives up and connects anew
+/// leaves one behind each time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn p6_p8_a_lock_on_our_own_table_costs_no_connection_and_no_freshness_and_readyz_names_it() -> Result<()> {
+    let scene = scene().await?;
+    scene.fill_all().await?;
+    let busy = Busy::start(&scene);
+    let (holder, eye) = (scene.postgres.connect().await?, scene.postgres.connect().await?);
+    holder.batch_execute("begin; lock table walcast.sentinel in access exclusive mode").await?;
+    let pid: i32 = holder.query_one("select pg_backend_pid()", &[]).await?.get(0);
+    let waiting = format!(
+        "select count(*) from pg_stat_activity where usename = '{SERVE_ROLE}' and wait_event_type = 'Lock' and wait_event = 'relation'"
+    );
+    let (url, http) = (format!("{}/readyz", scene.server.url), reqwest::Client::new());
+    let until = tokio::time::Instant::now() + DEADLINE;
+    // Longer than a round may take, and than the cache may be without news.
+    loop {
+        let answer = http.get(&url).send().await?;
+        let status = answer.status().as_u16();
+        let report: Value = answer.json().await?;
+        ensure!(status == 200, "the heartbeat does not wait for the lock: {report}");
+        let count: i64 = eye.query_one(&waiting, &[]).await?.get(0);
+        ensure!(count <= 1, "{count} of our connections wait for one lock");
+        let stuck = &report["stuck"][0];
+        if stuck["for_s"].as_u64().is_some_and(|seconds| seconds >= 25) {
+            let why = stuck["why"].as_str().unwrap_or_default();
+            ensure!(stuck["task"] == "keeper" && why.contains("checkpoint"), "{stuck}");
+            ensure!(why.contains("walcast.sentinel") && why.contains(&pid.to_string()), "who holds what: {stuck}");
+            break;
+        }
+        ensure!(tokio::time::Instant::now() < until, "/readyz does not say what is stuck: {report}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    holder.batch_execute("rollback").await?;
+    wait::until(DEADLINE, "the checkpoint is written again", async || {
+        let Ok(answer) = http.get(&url).send().await else { return false };
+        answer.json::<Value>().await.is_ok_and(|report| report["stuck"] == serde_json::json!([]))
+    })
+    .await?;
+    busy.end().await?;
+    scene.all_is_fresh().await?;
+    scene.server.stop().await
+}

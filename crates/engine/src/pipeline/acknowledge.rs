@@ -1,7 +1,8 @@
-//! The keeper's round, once a second: heartbeat into the WAL, checkpoint of the tag clock, acknowledgement, rules.
+//! The keeper's round, once a second: rules, checkpoint of the tag clock, acknowledgement.
 //!
 //! The slot is the log: it is acknowledged a little behind, so that a restart can re-read what clients may still ask for,
-//! and never above what a checkpoint covers and what has been announced.
+//! and never above what a checkpoint covers and what has been announced. That we hear is not for this task to prove: see
+//! [`super::heartbeat`].
 
 use std::{
     collections::VecDeque,
@@ -13,14 +14,16 @@ use tokio::sync::watch;
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
 use walcast_model::{Epoch, Lsn, Tag};
-use walcast_pg::{PgError, quote_literal};
-use walcast_protocol::message::{Message, PREFIX};
+use walcast_pg::PgError;
 use walcast_wal::checkpoint;
 
+use super::own_connection::{OwnConnection, who_locks};
 use crate::{Core, doctor, invalidation, progress::StreamState};
 
-/// A round that takes longer is given up; the next one begins with a new connection.
+const TASK: &str = "keeper";
+/// A round that takes longer is given up; the next one begins when its last statement has ended.
 const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 /// The doctor looks once in so many rounds.
 const ROUNDS_TO_LOOK: u64 = 30;
@@ -35,56 +38,58 @@ struct Keeper {
 
 pub async fn run(core: Arc<Core>, acknowledge: watch::Sender<Lsn>, cancel: CancellationToken) {
     let mut keeper = Keeper { marks: Marks::new(&core), epoch: core.progress.epoch(), rounds: 0, core, acknowledge };
-    let mut client: Option<Client> = None;
+    let mut connection = OwnConnection::new(keeper.core.config.connect.clone());
     let mut ticks = tokio::time::interval(keeper.core.config.stream.heartbeat);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        let nudged = tokio::select! {
+        tokio::select! {
             () = cancel.cancelled() => break,
-            _ = ticks.tick() => false,
-            () = keeper.core.nudge.notified() => true,
-        };
+            _ = ticks.tick() => {}
+        }
         if !matches!(keeper.core.progress.stream(), StreamState::Attached) {
-            client = None;
+            connection.let_go();
+            keeper.core.stuck.over(TASK);
             continue;
         }
-        // Taken out for the round: whatever goes wrong, the next one connects anew.
-        let round = keeper.round(client.take(), nudged);
+        let round = async { keeper.round(connection.client().await?).await };
         match tokio::time::timeout(ROUND_TIMEOUT, round).await {
-            Ok(Ok(kept)) => client = Some(kept),
+            Ok(Ok(())) => keeper.core.stuck.over(TASK),
             Ok(Err(error)) => {
-                tracing::warn!(%error, "the keeper's round failed; it is tried again");
+                let mut why = error.to_string();
+                connection.leave();
+                if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) {
+                    let asked = async { who_locks(connection.client().await.ok()?).await };
+                    match tokio::time::timeout(ROUND_TIMEOUT, asked).await {
+                        Ok(holder) => why.extend(holder.map(|holder| format!("; {holder}"))),
+                        Err(_) => connection.leave(),
+                    }
+                }
+                tracing::warn!(error = why, "the keeper's round failed; it is tried again");
+                keeper.core.stuck.note(TASK, why);
                 if error.lets_nobody_in() {
                     keeper.core.server_leaves.notify_waiters();
                 }
             }
-            Err(_) => tracing::warn!("the keeper's round took longer than {ROUND_TIMEOUT:?}; it is tried again"),
+            Err(_) => {
+                connection.leave();
+                tracing::warn!("the keeper's round took longer than {ROUND_TIMEOUT:?}; it is tried again");
+                keeper.core.stuck.note(TASK, format!("a round took longer than {ROUND_TIMEOUT:?}"));
+            }
         }
     }
     // A last checkpoint, so that a restart finds the clock as it was.
-    let last = async {
-        let client = keeper.core.config.connect.connect().await?;
-        keeper.checkpoint(client).await
-    };
+    let last = async { keeper.checkpoint(connection.client().await?).await };
     let _ = tokio::time::timeout(Duration::from_secs(3), last).await;
 }
 
 impl Keeper {
-    async fn round(&mut self, client: Option<Client>, nudged: bool) -> Result<Client, PgError> {
-        let client = match client {
-            Some(client) if !client.is_closed() => client,
-            _ => self.core.config.connect.connect().await?,
-        };
-        heartbeat(&client, &self.core, nudged).await?;
-        if nudged {
-            return Ok(client);
-        }
-        self.rules(&client).await?;
-        if self.rounds.is_multiple_of(ROUNDS_TO_LOOK) {
-            self.look(&client).await?;
-        }
+    /// Each part by itself: what one of them waits for must not hold up the others.
+    async fn round(&mut self, client: &mut Client) -> Result<(), PgError> {
+        let rules = self.rules(client).await;
+        let looked = if self.rounds.is_multiple_of(ROUNDS_TO_LOOK) { self.look(client).await } else { Ok(()) };
         self.rounds += 1;
-        self.checkpoint(client).await
+        let saved = self.checkpoint(client).await;
+        saved.and(rules).and(looked)
     }
 
     /// What the doctor would warn of now: a new table that nobody publishes is said once, and stays in `/readyz`.
@@ -98,7 +103,7 @@ impl Keeper {
         Ok(())
     }
 
-    async fn checkpoint(&mut self, mut client: Client) -> Result<Client, PgError> {
+    async fn checkpoint(&mut self, client: &mut Client) -> Result<(), PgError> {
         if self.epoch != self.core.progress.epoch() {
             // Another slot: what was acknowledged of the old one means nothing.
             self.epoch = self.core.progress.epoch();
@@ -114,7 +119,7 @@ impl Keeper {
             let rules = self.core.checkpoint_rules(&fingerprint).await;
             let keeping = self.core.cache.keeping();
             let beside = invalidation::beside(keeping.as_ref());
-            let saved = checkpoint::save(&mut client, &self.core.clock, &beside, &standing, &rules, covered, settled).await?;
+            let saved = checkpoint::save(client, &self.core.clock, &beside, &standing, &rules, covered, settled).await?;
             if let Some(keeping) = keeping {
                 self.core.cache.kept(&keeping);
             }
@@ -131,12 +136,14 @@ impl Keeper {
                 further
             });
         }
-        Ok(client)
+        Ok(())
     }
 
     /// What the stream does not tell: role memberships, functions, what happens to quiet tables.
     async fn rules(&mut self, client: &Client) -> Result<(), PgError> {
+        let asked = Instant::now();
         let now = walcast_auth::rules_fingerprint(client).await?;
+        *self.core.rules_read.lock() = asked;
         let moved = std::mem::replace(&mut *self.core.fingerprint.lock(), now.clone()) != now;
         if moved {
             self.core.rules_moved(self.core.progress.read_to());
@@ -149,19 +156,6 @@ impl Keeper {
 /// Carried by every entry whose content depends on who asks.
 pub fn rules_tag() -> Tag {
     Tag::stored("~rules")
-}
-
-/// Flushed at once when somebody waits for the stream to pass what is written already, else with the next flush.
-async fn heartbeat(client: &Client, core: &Core, flush: bool) -> Result<(), PgError> {
-    let at_ms = core.started.elapsed().as_millis() as u64;
-    let message = Message::Heartbeat { nonce: core.nonce.clone(), at_ms }.text();
-    let commit = if flush { "local" } else { "off" };
-    let sql = format!(
-        "begin; set local synchronous_commit = {commit}; select pg_logical_emit_message(true, {}, {}); commit",
-        quote_literal(PREFIX),
-        quote_literal(&message)
-    );
-    client.batch_execute(&sql).await.map_err(PgError::when("writing a heartbeat"))
 }
 
 /// Where the stream was, second by second.

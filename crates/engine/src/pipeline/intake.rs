@@ -294,6 +294,7 @@ impl IntakeTask {
             self.at_start = Some(core.catalog.tagged_columns(&core.config.publication_cache).await?);
         }
         core.look_at_tables(&control, identity.flushed).await?;
+        let asked = Instant::now();
         let fingerprint = walcast_auth::rules_fingerprint(&control).await?;
         let sample = core.sampler.fresh().await?;
         core.progress.note_xmax(sample.snapshot.xmax);
@@ -337,6 +338,7 @@ impl IntakeTask {
         core.progress.note_catch_up(identity.flushed);
         *core.standing.lock() = Some(standing);
         let before = std::mem::replace(&mut *core.fingerprint.lock(), fingerprint.clone());
+        *core.rules_read.lock() = asked;
         if running.is_some() && before != fingerprint {
             core.rules_moved(identity.flushed);
         }
@@ -352,6 +354,10 @@ impl Core {
     /// answer whose content depends on who asked. `read_to`: the stream's place when it was noticed.
     pub(crate) fn rules_moved(&self, read_to: Lsn) {
         tracing::info!("policies, privileges or roles changed: remembered rules and cached queries retire");
+        self.retire_rules(read_to);
+    }
+
+    pub(crate) fn retire_rules(&self, read_to: Lsn) {
         self.rules.retire_all();
         self.queries.forget_plans();
         self.tag_rules.outdate();

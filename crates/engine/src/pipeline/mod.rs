@@ -3,14 +3,17 @@
 //! [`intake`]: read, assemble, invalidate at once. [`settle`]: wait until the commit is visible to everybody.
 //! [`suspects`]: ask whether a table that was described again was redefined, and invalidate it if so.
 //! [`cascade`]: invalidate what rules look up in the database, where there are such rules.
-//! [`announce`]: match, authorise, encode once, fan out. [`acknowledge`]: checkpoint, heartbeat, tell the slot.
+//! [`announce`]: match, authorise, encode once, fan out. [`acknowledge`]: checkpoint, tell the slot.
+//! Beside them [`heartbeat`]: write what proves that we hear.
 //!
 //! Data walks one way. Invalidating never waits for a later stage's decision; announcing never waits for a socket.
 
 pub mod acknowledge;
 pub mod announce;
 pub mod cascade;
+pub mod heartbeat;
 pub mod intake;
+mod own_connection;
 pub mod settle;
 pub mod suspects;
 

@@ -47,10 +47,10 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting(
         "database.max_connections",
-        Kind::Number { least: 4, most: 10_000 },
+        Kind::Number { least: walcast_engine::EngineConfig::LEAST_CONNECTIONS as u64, most: 10_000 },
         "12",
         "12",
-        "All connections that Walcast may open, replication included",
+        "All connections that Walcast may open, replication included; at least 7",
     ),
     setting("database.statement_timeout", TIME, "5s", "5s", "Longest run of one statement"),
     setting("database.slot", Kind::SlotName, "walcast", "walcast", "Replication slot; `serve` makes it"),

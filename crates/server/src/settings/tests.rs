@@ -171,7 +171,7 @@ fn a_wrong_value_says_what_is_expected_with_an_example() {
         ("cache.default_ttl", "shortest", "short, medium"),
         ("cache.l2", "maybe", "true or false"),
         ("cache.deaf", "panic", "one of stale, compute"),
-        ("database.max_connections", "2", "from 4 to 10000"),
+        ("database.max_connections", "6", "from 7 to 10000"),
         ("database.max_connections", "-1", "whole number"),
         ("database.slot", "My Slot", "a-z, 0-9"),
         ("server.listen", "localhost", "an IP address and a port"),
