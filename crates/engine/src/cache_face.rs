@@ -210,6 +210,7 @@ impl Core {
             Freshness::AtLeast(position) => {
                 let heard = position.lsn <= self.progress.invalidated()
                     || (self.progress.wait_read(position.lsn, WAIT_FOR_STREAM).await
+                        && self.suspected.passed(position.lsn, WAIT_FOR_STREAM).await
                         && self.cascades.passed(position.lsn, WAIT_FOR_STREAM).await);
                 heard.then_some(AtLeast::Lsn(position.lsn))
             }

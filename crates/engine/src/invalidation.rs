@@ -88,8 +88,8 @@ impl Engine {
         drop(lease);
         let heard = tokio::time::timeout(WAIT_FOR_STREAM, echo.heard()).await.ok().flatten();
         let (lsn, index) = heard.ok_or(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()))?;
-        // The position is a promise of everything before it, too.
-        if !core.cascades.passed(lsn, WAIT_FOR_STREAM).await {
+        // Whoever reads on from here must not meet what a table's own DDL before it has made old.
+        if !core.suspected.passed(lsn, WAIT_FOR_STREAM).await {
             return Err(InvalidateError::Unheard(WAIT_FOR_STREAM.as_secs()));
         }
         if let (What::Keys(keys), false) = (&asked.what, asked.soft) {

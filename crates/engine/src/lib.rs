@@ -121,8 +121,10 @@ pub struct Core {
     pub(crate) rules: RuleBook,
     pub(crate) tag_rules: TagRules,
     pub(crate) table_marks: table_marks::TableMarks,
-    /// Commits that have still something to raise.
+    /// Commits whose cascades are not raised yet.
     pub(crate) cascades: cascade::Holds,
+    /// Commits that describe a table, until it is judged: within seconds, whatever a standby does.
+    pub(crate) suspected: cascade::Holds,
     pub(crate) echoes: Echoes,
     pub(crate) metrics: Metrics,
     pub(crate) standing: Mutex<Option<Standing>>,
@@ -205,6 +207,7 @@ impl Engine {
             tag_rules,
             table_marks: table_marks::TableMarks::default(),
             cascades: cascade::Holds::default(),
+            suspected: cascade::Holds::default(),
             echoes: Echoes::default(),
             metrics: Metrics::register(),
             standing: Mutex::new(None),

@@ -110,7 +110,7 @@ impl Core {
     }
 
     pub(super) fn note_invalidated(&self) {
-        let whole = self.cascades.at_most(self.progress.raised());
+        let whole = self.held_below(self.progress.raised());
         self.progress.note_invalidated(whole);
         self.cache.note_invalidated(whole);
     }
@@ -118,7 +118,11 @@ impl Core {
     /// What was read and has raised everything. Reading first: what is held was held before it counted as read.
     pub(crate) fn invalidated_whole(&self) -> Lsn {
         let read_to = self.progress.read_to();
-        self.cascades.at_most(read_to)
+        self.held_below(read_to)
+    }
+
+    fn held_below(&self, lsn: Lsn) -> Lsn {
+        self.suspected.at_most(self.cascades.at_most(lsn))
     }
 
     /// Nobody will look it up: everything that it could have raised falls.

@@ -325,6 +325,7 @@ impl IntakeTask {
             self.handled = Lsn::ZERO;
             self.handled_end = Lsn::ZERO;
             core.cascades.forget();
+            core.suspected.forget();
             core.progress.begin_epoch(standing.epoch, acknowledged);
             core.cache.set_epoch(standing.epoch);
             core.ring.lock().restart((acknowledged.before(), u32::MAX));

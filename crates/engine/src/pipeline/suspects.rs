@@ -28,7 +28,7 @@ pub struct Suspects {
 impl Core {
     /// Before the commit counts as raised.
     pub(crate) fn suspect(&self, lsn: Lsn, tables: Vec<Suspect>) -> Option<Box<Suspects>> {
-        (!tables.is_empty()).then(|| Box::new(Suspects { hold: self.cascades.hold(lsn), tables }))
+        (!tables.is_empty()).then(|| Box::new(Suspects { hold: self.suspected.hold(lsn), tables }))
     }
 
     /// Returns when nothing of them is in doubt.
@@ -54,14 +54,14 @@ impl Core {
             tables.iter().for_each(|(lsn, suspect)| self.retire_suspect(*lsn, suspect));
         }
         let held: HashSet<u64> = suspects.iter().map(|(_, suspects)| suspects.hold).collect();
-        self.cascades.release(&held, || self.note_invalidated());
+        self.suspected.release(&held, || self.note_invalidated());
     }
 
     /// Nobody will judge them in time.
     pub(crate) fn give_up_suspects(&self, commit: &mut InFlight) {
         let Some(suspects) = commit.suspects.take() else { return };
         suspects.tables.iter().for_each(|suspect| self.retire_suspect(commit.commit.lsn, suspect));
-        self.cascades.release(&HashSet::from([suspects.hold]), || self.note_invalidated());
+        self.suspected.release(&HashSet::from([suspects.hold]), || self.note_invalidated());
     }
 
     fn retire_suspect(&self, lsn: Lsn, suspect: &Suspect) {
