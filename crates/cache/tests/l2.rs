@@ -10,7 +10,7 @@ use std::{
 use common::{
     World, computed, fence, key,
     l2::{flush, node, number, patient, postgres},
-    told, value, world_with,
+    told, world_with,
 };
 use walcast_cache::{AtLeast, CacheConfig, ComputeOptions, L2, L2Config, Lookup, Source, Tier};
 use walcast_model::{Epoch, Lsn, Xid};

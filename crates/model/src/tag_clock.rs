@@ -138,9 +138,9 @@ impl TagClock {
     /// Commits up to `lsn` raised it that nobody tells apart any more, so everybody counts as having heard of them.
     pub fn drop_up_to(&self, tag: TagHash, lsn: Lsn) {
         let slot = self.slot(tag);
-        let mut recent = lock(&slot.recent);
+        let mut recent = self.lock(slot);
         recent.dropped = recent.dropped.max(lsn);
-        slot.newest.fetch_max(lsn.0, Ordering::AcqRel);
+        self.newest[slot].fetch_max(lsn.0, Ordering::AcqRel);
         drop(recent);
         self.touch();
     }
