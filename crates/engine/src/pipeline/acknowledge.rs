@@ -143,12 +143,12 @@ impl Keeper {
     async fn rules(&mut self, client: &Client) -> Result<(), PgError> {
         let asked = Instant::now();
         let now = walcast_auth::rules_fingerprint(client).await?;
-        *self.core.rules_read.lock() = asked;
         let moved = std::mem::replace(&mut *self.core.fingerprint.lock(), now.clone()) != now;
         if moved {
             self.core.rules_moved(self.core.progress.read_to());
         }
         self.core.look_at_tables(client, Lsn::ZERO).await?;
+        *self.core.rules_read.lock() = asked;
         self.core.look_at_tag_rules_again(client).await
     }
 }

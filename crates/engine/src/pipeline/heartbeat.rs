@@ -7,6 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio_postgres::Client;
 use tokio_util::sync::CancellationToken;
+use walcast_model::{Lsn, Stamp, Tag};
 use walcast_pg::{PgError, quote_literal};
 use walcast_protocol::message::{Message, PREFIX};
 
@@ -71,12 +72,14 @@ async fn write(client: &Client, core: &Core, flush: bool) -> Result<(), PgError>
 }
 
 impl Core {
-    /// The keeper could not read policies, privileges and roles for longer than anything may be stale: what was derived from
-    /// them retires, until it can.
+    /// The keeper could not read policies, privileges, roles and what became of quiet tables for longer than anything may
+    /// be stale: what was derived from them retires, and everything that is kept falls, until it can.
     fn doubt_rules(&self) {
         let longest = self.config.cache.max_staleness.max(self.config.stream.heartbeat * 5);
         if self.rules_read.lock().elapsed() > longest {
-            self.retire_rules(self.progress.read_to());
+            let read_to = self.progress.read_to();
+            self.retire_rules(read_to);
+            self.clock.raise(Tag::everything().hash(), Stamp::unseen(Lsn(read_to.0 + 1)));
         }
     }
 }

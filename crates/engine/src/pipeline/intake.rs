@@ -293,8 +293,8 @@ impl IntakeTask {
         if self.at_start.is_none() {
             self.at_start = Some(core.catalog.tagged_columns(&core.config.publication_cache).await?);
         }
-        core.look_at_tables(&control, identity.flushed).await?;
         let asked = Instant::now();
+        core.look_at_tables(&control, identity.flushed).await?;
         let fingerprint = walcast_auth::rules_fingerprint(&control).await?;
         let sample = core.sampler.fresh().await?;
         core.progress.note_xmax(sample.snapshot.xmax);
