@@ -13,13 +13,43 @@ use walcast_pg::{Envelope, PgError, Pool, quote_ident};
 pub struct Rules {
     pub table: TableId,
     pub name: TableName,
-    /// Columns of the table now, in order, with: may the role read it, and is it published to clients?
-    pub columns: Vec<(String, bool)>,
+    /// Columns of the table now, in order.
+    pub columns: Vec<ColumnRule>,
     pub rows: RowRule,
+    /// May the role read anything of it at all?
+    pub readable: bool,
+    /// The root whose changes its own are heard as, if it is a partition.
+    pub partition_of: Option<String>,
     /// The publication's own choice of operations: insert, update, delete. None: not published to clients.
     pub published: Option<[bool; 3]>,
     /// The newest transaction that changed what is said here. Older commits may have had other rules.
     pub changed_by: Xid,
+}
+
+#[derive(Debug, Clone)]
+pub struct ColumnRule {
+    pub name: String,
+    /// The role may read it, and it is published to clients.
+    pub visible: bool,
+    /// Part of the primary key.
+    pub primary: bool,
+    pub type_oid: u32,
+    /// As SQL spells it.
+    pub sql_type: String,
+    /// The type's name in `pg_catalog`, or that of the domain's base; empty for any other.
+    pub base_type: String,
+    pub is_domain: bool,
+    pub is_enum: bool,
+    /// None where the type has no collation, and where equality is not equality of bytes.
+    pub collation: Option<ColumnCollation>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ColumnCollation {
+    /// Ordered by bytes.
+    pub by_bytes: bool,
+    /// A to Z fold to a to z.
+    pub folds_ascii: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -52,7 +82,9 @@ select n.nspname::text, c.relname::text, coalesce(row_security_active(c.oid), tr
        p.oid is not null, p.pubinsert, p.pubupdate, p.pubdelete,
        coalesce(pt.attnames::text[], (select array_agg(a.attname::text) from pg_catalog.pg_attribute a
          where a.attrelid = c.oid and a.attnum = any (pr.prattrs::int2[]))),
-       coalesce(pt.rowfilter, pg_get_expr(pr.prqual, pr.prrelid))
+       coalesce(pt.rowfilter, pg_get_expr(pr.prqual, pr.prrelid)),
+       coalesce(has_schema_privilege(n.oid, 'usage') and has_any_column_privilege(c.oid, 'select'), false),
+       case when c.relispartition then pg_partition_root(c.oid)::regclass::text end
 from pg_catalog.pg_class c
 join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_publication_tables pt
@@ -63,9 +95,26 @@ left join pg_catalog.pg_publication_rel pr
 left join pg_catalog.pg_publication p on p.pubname = $2 and (pt.pubname is not null or pr.oid is not null)
 where c.oid = $1::int8::oid";
 
+/// A collation orders by bytes if it is C by name or by locale; the default one is the database's. Turkish, Azeri and
+/// Lithuanian have their own small i.
 const COLUMNS: &str = "
-select a.attname::text, coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), a.xmin::text, age(a.xmin) = 2147483647
+with here as (select to_jsonb(d) as j, d.datcollate::text, d.datctype::text from pg_catalog.pg_database d where d.datname = current_database())
+select a.attname::text, coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), a.xmin::text, age(a.xmin) = 2147483647,
+       a.atttypid::int8, format_type(a.atttypid, -1),
+       case when base.typnamespace = 'pg_catalog'::regnamespace then base.typname::text else '' end,
+       t.typtype = 'd', base.typtype = 'e', coalesce(co.collisdeterministic, a.attcollation <> 0),
+       coalesce(case when co.collprovider = 'd' then coalesce(here.j ->> 'datlocprovider', 'c') in ('c', 'b')
+             and coalesce(here.j ->> 'datlocale', here.datcollate) in ('C', 'POSIX', 'C.UTF-8') and (here.j ->> 'datlocprovider' = 'b' or here.datcollate in ('C', 'POSIX'))
+           when co.collprovider = 'b' then true
+           else co.collcollate in ('C', 'POSIX') end, false),
+       coalesce(case when co.collprovider = 'd' then coalesce(here.j ->> 'daticulocale', here.j ->> 'datlocale', here.datctype)
+           else coalesce(to_jsonb(co) ->> 'colliculocale', to_jsonb(co) ->> 'colllocale', co.collctype) end !~* '^(tr|az|lt)', false),
+       exists (select from pg_catalog.pg_index i where i.indrelid = a.attrelid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
 from pg_catalog.pg_attribute a
+cross join here
+join pg_catalog.pg_type t on t.oid = a.atttypid
+join pg_catalog.pg_type base on base.oid = case when t.typtype = 'd' then t.typbasetype else t.oid end
+left join pg_catalog.pg_collation co on co.oid = a.attcollation
 where a.attrelid = $1::int8::oid and a.attnum > 0 and not a.attisdropped
 order by a.attnum";
 
@@ -132,9 +181,36 @@ impl Rules {
         rules
     }
 
+    /// As [`Rules::load`], by name. None if there is no such table.
+    pub async fn find(
+        pool: &Pool,
+        name: &TableName,
+        claims: &Claims,
+        publications: Publications<'_>,
+    ) -> Result<Option<Rules>, PgError> {
+        const SQL: &str = "select c.oid::int8 from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                           where n.nspname = $1 and c.relname = $2";
+        let envelope = Envelope::new(claims, Duration::from_secs(5)).setting("search_path", "");
+        let mut scope = envelope.open(pool, DOING).await?;
+        let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] =
+            &[(&name.schema(), Type::TEXT), (&name.table(), Type::TEXT)];
+        let found = scope.client().query_typed(SQL, params).await.map_err(PgError::when(DOING))?;
+        let oid = found.first().and_then(|row| u32::try_from(row.get::<_, i64>(0)).ok());
+        let rules = match oid {
+            Some(oid) => load(scope.client(), TableId(oid), publications).await,
+            None => Ok(None),
+        };
+        scope.end(DOING).await?;
+        rules
+    }
+
+    pub fn column(&self, name: &str) -> Option<&ColumnRule> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
     /// Which columns of a streamed table this role may see; a column that the catalog does not know is not shown.
     pub fn visible(&self, table: &walcast_model::Table) -> Vec<bool> {
-        let known: HashMap<&str, bool> = self.columns.iter().map(|(name, visible)| (name.as_str(), *visible)).collect();
+        let known: HashMap<&str, bool> = self.columns.iter().map(|column| (column.name.as_str(), column.visible)).collect();
         table.columns.iter().map(|column| known.get(&*column.name).copied().unwrap_or(false)).collect()
     }
 }
@@ -159,7 +235,19 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         changed.note(&row, 2);
         let name: String = row.get(0);
         let published = published_columns.as_ref().is_none_or(|list| list.contains(&name));
-        columns.push((name, usage && row.get::<_, bool>(1) && published));
+        let oid: i64 = row.get(4);
+        let deterministic: bool = row.get(9);
+        columns.push(ColumnRule {
+            visible: usage && row.get::<_, bool>(1) && published,
+            primary: row.get(12),
+            type_oid: u32::try_from(oid).unwrap_or_default(),
+            sql_type: row.get(5),
+            base_type: row.get(6),
+            is_domain: row.get(7),
+            is_enum: row.get(8),
+            collation: deterministic.then(|| ColumnCollation { by_bytes: row.get(10), folds_ascii: row.get(11) }),
+            name,
+        });
     }
 
     let published = head.get::<_, bool>(7).then(|| [head.get(8), head.get(9), head.get(10)]);
@@ -174,7 +262,7 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
             question.expression = parts.join(" and ");
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
-                question.needs = columns.iter().map(|(name, _)| name.clone()).collect();
+                question.needs = columns.iter().map(|column| column.name.clone()).collect();
             }
             RowRule::Ask(Box::new(question))
         }
@@ -184,6 +272,8 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         name: TableName::new(head.get(0), head.get(1)),
         columns,
         rows,
+        readable: head.get(13),
+        partition_of: head.get(14),
         published,
         changed_by: changed.newest,
     }))

@@ -26,6 +26,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// A change that is told without being shown: upstream's words, of which the number is the reason.
+    pub fn withheld_error(&self, error: &'static str) {
+        let code = error.split([' ', ':']).nth(1).unwrap_or_default();
+        counter!("walcast_changes_unshown_total", "code" => code).increment(1);
+    }
+
     pub fn register() -> Metrics {
         describe_counter!("walcast_commits_total", "Commits read from the slot");
         describe_counter!("walcast_changes_delivered_total", "Row changes handed to outboxes");
@@ -33,6 +39,10 @@ impl Metrics {
         describe_counter!(
             "walcast_changes_withheld_errors_total",
             "Row changes withheld because authorisation could not be decided"
+        );
+        describe_counter!(
+            "walcast_changes_unshown_total",
+            "Row changes told without their values: 400 no primary key, 401 no privilege on it, 413 too large"
         );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");

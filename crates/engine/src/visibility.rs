@@ -14,13 +14,13 @@ use std::{
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
 use walcast_auth::{Publications, RowRule, Rules, row_visibility};
-use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, Tag, TagHash};
+use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, TableName, Tag, TagHash};
 use walcast_pg::PgError;
 
 use crate::{
     Core,
     pipeline::{Remembered, intake::any_change},
-    subscriptions::Subscriber,
+    subscriptions::{Subscriber, Wanting},
 };
 
 /// A change and one subscriber whose bindings match it.
@@ -29,7 +29,7 @@ pub struct Candidate<'a> {
     pub index: u32,
     pub change: &'a Change,
     pub subscriber: Arc<Subscriber>,
-    pub client_ids: Vec<u32>,
+    pub wanting: Wanting,
 }
 
 #[derive(Debug, Clone)]
@@ -39,6 +39,8 @@ pub enum Verdict {
         old: OldView,
     },
     Hide,
+    /// They may see it, and it cannot be shown: upstream's own words why.
+    Error(&'static str),
     /// It cannot be told whether they may see it: they must read again.
     Unsure(&'static str),
 }
@@ -56,7 +58,8 @@ type ByTableAndRole = (TableId, String);
 /// Rules by table and role; retired as the tables are redefined.
 #[derive(Default)]
 pub struct RuleBook {
-    rules: Mutex<HashMap<ByTableAndRole, Option<Arc<Rules>>>>,
+    rules: Mutex<HashMap<ByTableAndRole, Arc<Rules>>>,
+    by_name: Mutex<HashMap<TableName, TableId>>,
     generation: AtomicU64,
 }
 
@@ -64,36 +67,67 @@ impl RuleBook {
     pub fn retire(&self, table: TableId) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().retain(|(id, _), _| *id != table);
+        self.by_name.lock().retain(|_, id| *id != table);
     }
 
     pub fn retire_all(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().clear();
+        self.by_name.lock().clear();
     }
 
-    async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
-        let key = (table, claims.role().to_owned());
-        if let Some(rules) = self.rules.lock().get(&key) {
-            return Ok(rules.clone());
+    /// By name, for a client that subscribes.
+    pub async fn find(&self, core: &Core, table: &TableName, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
+        let known = self.by_name.lock().get(table).copied();
+        if let Some(id) = known {
+            return self.get(core, id, claims).await;
         }
         let generation = self.generation.load(Ordering::Acquire);
-        let publications = Publications { realtime: &core.config.publication_realtime, cache: &core.config.publication_cache };
-        let rules = Rules::load(&core.pool, table, claims, publications).await?.map(Arc::new);
-        if let Some(Rules { rows: RowRule::Ask(question), name, .. }) = rules.as_deref()
+        let Some(rules) = Rules::find(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
+        Ok(Some(self.keep(generation, claims, rules)))
+    }
+
+    pub fn forget(&self, table: &TableName) {
+        let known = self.by_name.lock().remove(table);
+        if let Some(id) = known {
+            self.retire(id);
+        }
+    }
+
+    pub async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
+        let key = (table, claims.role().to_owned());
+        if let Some(rules) = self.rules.lock().get(&key) {
+            return Ok(Some(rules.clone()));
+        }
+        let generation = self.generation.load(Ordering::Acquire);
+        let Some(rules) = Rules::load(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
+        Ok(Some(self.keep(generation, claims, rules)))
+    }
+
+    fn keep(&self, generation: u64, claims: &Claims, rules: Rules) -> Arc<Rules> {
+        if let RowRule::Ask(question) = &rules.rows
             && let Some(unheard) = &question.unheard
         {
             tracing::warn!(
-                table = %name, %unheard,
+                table = %rules.name, %unheard,
                 "a policy reads a table that is not in the cache's publication: subscribers are told to resync instead of hearing \
                  changes; add it with `walcast migrate`"
             );
         }
+        let rules = Arc::new(rules);
         let mut book = self.rules.lock();
         // Retired while we read: what we read serves this batch, which the newer rules judge, but is not kept.
         if self.generation.load(Ordering::Acquire) == generation {
-            book.insert(key, rules.clone());
+            book.insert((rules.table, claims.role().to_owned()), rules.clone());
+            self.by_name.lock().insert(rules.name.clone(), rules.table);
         }
-        Ok(rules)
+        rules
+    }
+}
+
+impl Core {
+    fn publications_of_rules(&self) -> Publications<'_> {
+        Publications { realtime: &self.config.publication_realtime, cache: &self.config.publication_cache }
     }
 }
 
@@ -106,8 +140,8 @@ struct Group<'a> {
 /// Questions that run at once; the pool bounds them anyway.
 const AT_ONCE: usize = 4;
 /// Images in one statement.
-const IMAGES: usize = 1_000;
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const IMAGES: usize = 1_000;
+pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// For a database that restarts; who waits longer is told to read again.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -145,24 +179,11 @@ pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
             for at in &group.candidates {
                 let candidate = &candidates[*at];
                 let verdict = by_place.get(&(candidate.commit.commit.lsn, candidate.index)).cloned().unwrap_or(Verdict::Hide);
-                verdicts[*at] = filters_readable(candidate, verdict);
+                verdicts[*at] = verdict;
             }
         }
     }
     verdicts
-}
-
-/// A filter on a column that the role may not read would tell its value by what arrives.
-fn filters_readable(candidate: &Candidate<'_>, verdict: Verdict) -> Verdict {
-    if let Verdict::Show { columns, .. } = &verdict {
-        let readable = |name: &str| {
-            candidate.change.table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false))
-        };
-        if !candidate.subscriber.filter_columns(&candidate.client_ids).all(readable) {
-            return Verdict::Hide;
-        }
-    }
-    verdict
 }
 
 /// One verdict for each of the group's changes.
@@ -200,7 +221,7 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             Verdict::Show { columns, old: OldView::Whole }
         });
     }
-    match &rules.rows {
+    let verdicts = match &rules.rows {
         RowRule::All => verdicts,
         RowRule::Nobody => all(Verdict::Hide),
         // Whether what decides moved since the commit cannot be told: nobody is shown anything.
@@ -214,7 +235,23 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             }
             verdicts
         }
+    };
+    // Only to those who may see the row: upstream tells everybody who asked.
+    let Some(error) = unshowable(&rules) else { return verdicts };
+    let told = |(verdict, (_, _, change)): (Verdict, &(_, _, &Change))| match verdict {
+        Verdict::Show { .. } if change.operation != Operation::Delete => Verdict::Error(error),
+        verdict => verdict,
+    };
+    verdicts.into_iter().zip(&group.changes).map(told).collect()
+}
+
+/// Clients tell rows apart by their key.
+fn unshowable(rules: &Rules) -> Option<&'static str> {
+    let mut keys = rules.columns.iter().filter(|column| column.primary).peekable();
+    if keys.peek().is_none() {
+        return Some("Error 400: Bad Request, no primary key");
     }
+    keys.any(|key| !key.visible).then_some("Error 401: Unauthorized")
 }
 
 async fn ask(
@@ -291,7 +328,7 @@ async fn ask(
 }
 
 /// Asks again while the database is away: a restart in the middle of an announcement is no reason to lose it.
-async fn patiently<T, Fut>(ask: impl Fn() -> Fut) -> Result<T, PgError>
+pub(crate) async fn patiently<T, Fut>(ask: impl Fn() -> Fut) -> Result<T, PgError>
 where
     Fut: Future<Output = Result<T, PgError>>,
 {
