@@ -153,6 +153,8 @@ fn cast_plain(column: &ColumnRule, value: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use walcast_model::Family;
+
     use super::*;
 
     fn cast_of(base_type: &str, value: &str) -> Option<String> {
@@ -164,8 +166,7 @@ mod tests {
             sql_type: base_type.into(),
             base_type: base_type.into(),
             is_domain: false,
-            is_enum: false,
-            collation: None,
+            family: Family::Opaque,
         };
         cast_plain(&column, value)
     }

@@ -6,7 +6,7 @@
 use std::{collections::HashMap, time::Duration};
 
 use tokio_postgres::{Row, types::Type};
-use walcast_model::{Claims, Snapshot, TableId, TableName, Xid};
+use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
 use walcast_pg::{Envelope, PgError, Pool, quote_ident};
 
 #[derive(Debug, Clone)]
@@ -39,17 +39,8 @@ pub struct ColumnRule {
     /// The type's name in `pg_catalog`, or that of the domain's base; empty for any other.
     pub base_type: String,
     pub is_domain: bool,
-    pub is_enum: bool,
-    /// None where the type has no collation, and where equality is not equality of bytes.
-    pub collation: Option<ColumnCollation>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ColumnCollation {
-    /// Ordered by bytes.
-    pub by_bytes: bool,
-    /// A to Z fold to a to z.
-    pub folds_ascii: bool,
+    /// How its values compare.
+    pub family: Family,
 }
 
 #[derive(Debug, Clone)]
@@ -236,7 +227,9 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         let name: String = row.get(0);
         let published = published_columns.as_ref().is_none_or(|list| list.contains(&name));
         let oid: i64 = row.get(4);
+        // None where the type has no collation, and where equality is not equality of bytes.
         let deterministic: bool = row.get(9);
+        let collation = deterministic.then(|| Collation { by_bytes: row.get(10), folds_ascii: row.get(11) });
         columns.push(ColumnRule {
             visible: usage && row.get::<_, bool>(1) && published,
             primary: row.get(12),
@@ -244,8 +237,7 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
             sql_type: row.get(5),
             base_type: row.get(6),
             is_domain: row.get(7),
-            is_enum: row.get(8),
-            collation: deterministic.then(|| ColumnCollation { by_bytes: row.get(10), folds_ascii: row.get(11) }),
+            family: Family::of(row.get(6), row.get(8), collation),
             name,
         });
     }

@@ -5,8 +5,8 @@
 use std::{collections::HashMap, sync::Arc};
 
 use walcast_auth::{Question, Rules, binding_check, row_visibility};
-use walcast_matcher::{Binding, Collation, Comparison, Condition, Family, Filter, Is, Pattern, Test, Wants};
-use walcast_model::{Claims, Row, Table, TableId};
+use walcast_matcher::{Binding, Comparison, Condition, Filter, Is, Pattern, Test, Wants};
+use walcast_model::{Claims, Family, Row, Table, TableId};
 use walcast_pg::{quote_ident, quote_literal};
 
 use crate::{
@@ -20,8 +20,7 @@ use crate::{
 pub async fn prepare(core: &Core, claims: &Claims, rules: &Rules, binding: &mut Binding) -> Result<(), SubscribeError> {
     for filter in &mut binding.filters {
         let Some(column) = rules.column(&filter.condition.column) else { continue };
-        let collation = column.collation.map(|c| Collation { by_bytes: c.by_bytes, folds_ascii: c.folds_ascii });
-        filter.family = Family::of(&column.base_type, column.is_enum, collation);
+        filter.family = column.family;
         filter.type_oid = Some(column.type_oid);
         let values = filter.condition.values_mut();
         if !values.is_empty() {

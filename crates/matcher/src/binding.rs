@@ -1,9 +1,9 @@
 //! What a subscription wants to hear: operations, tables, conditions on columns, and which columns to show.
 
-use walcast_model::{Cell, Change, Operation, Row};
+use walcast_model::{Cell, Change, Family, Operation, Row};
 
 use crate::{
-    compare::{Family, Truth, judge},
+    compare::{Truth, judge},
     filter::{Condition, FilterError},
 };
 

@@ -6,11 +6,10 @@
 use std::collections::HashMap;
 
 use indexmap::{IndexMap, IndexSet};
-use walcast_model::{Cell, Change, Table};
+use walcast_model::{Cell, Change, Family, Table};
 
 use crate::{
     binding::{Binding, EventMask, Filter, Wants, filtered_cell},
-    compare::Family,
     filter::{Comparison, Test},
 };
 

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use walcast_model::{Cell, Change, Column, Operation, ReplicaIdentity, Row, Table, TableId, TableName, ValueKind};
+use walcast_model::{Cell, Change, Collation, Column, Operation, ReplicaIdentity, Row, Table, TableId, TableName, ValueKind};
 
 use super::*;
-use crate::compare::Collation;
 
 const TEXT: Family = Family::Text(Collation { by_bytes: true, folds_ascii: true });
 

@@ -11,7 +11,6 @@ mod tags;
 mod template;
 
 pub use binding::{Binding, BindingError, EventMask, Filter, Wants};
-pub use compare::{Collation, Family};
 pub use filter::{Comparison, Condition, FilterError, Is, Pattern, Test};
 pub use index::{Index, SubscriptionId};
 pub use rules::{Key, Raised, TagRule, TagRules};
