@@ -9,6 +9,8 @@ use tokio_postgres::{Row, types::Type};
 use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
 use walcast_pg::{Envelope, PgError, Pool, quote_ident};
 
+use crate::policy::Policy;
+
 #[derive(Debug, Clone)]
 pub struct Rules {
     pub table: TableId,
@@ -63,6 +65,8 @@ pub struct Question {
     pub reads_anything: bool,
     /// A table that decides and whose changes are not streamed: nobody can tell whether it moved since a commit.
     pub unheard: Option<TableName>,
+    /// The same, to be decided without asking, where that is proven to come to the same.
+    pub policy: Option<Policy>,
 }
 
 const DOING: &str = "reading the rules of a table";
@@ -131,6 +135,8 @@ select distinct r.polrelid = $1::int8::oid as own, d.refclassid = 'pg_catalog.pg
        coalesce(n.nspname, fn.nspname, '')::text, coalesce(c.relname, f.proname, '')::text,
        coalesce(c.relkind::text, ''), coalesce(f.provolatile::text, ''), a.attname::text,
        coalesce(q.xmin, c.xmin)::text, coalesce(age(coalesce(q.xmin, c.xmin)) = 2147483647, true),
+       coalesce(f.prosqlbody is null and f.proconfig is null and f.prolang in (select oid from pg_catalog.pg_language where lanname in ('sql', 'plpgsql')), false),
+       coalesce(f.prosrc, ''),
        (select pt.schemaname || chr(10) || pt.tablename from pg_catalog.pg_publication_tables pt
         join pg_catalog.pg_namespace rn on rn.nspname = pt.schemaname
         join pg_catalog.pg_class rc on rc.relnamespace = rn.oid and rc.relname = pt.tablename
@@ -145,7 +151,7 @@ left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::regclass 
 left join pg_catalog.pg_namespace fn on fn.oid = f.pronamespace
 where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::regclass)";
 
-/// Functions that read nothing but the claims, which every question carries.
+/// Functions that read nothing but the claims, which every question carries; that theirs do, is looked up.
 const KNOWN_FUNCTIONS: [(&str, &str); 5] =
     [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email"), ("realtime", "topic")];
 
@@ -248,10 +254,16 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
     let rows = match (rows, row_filter) {
         (None, None) => RowRule::All,
         (Some(None), _) => RowRule::Nobody,
-        (policy, filter) => {
-            let parts: Vec<String> = policy.flatten().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
+        (policies, filter) => {
+            let policies = policies.flatten().unwrap_or_default();
+            let parts: Vec<String> =
+                policies.expression().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
             let mut question = reads(client, by_table, publications.cache, &mut changed).await?;
             question.expression = parts.join(" and ");
+            if question.reads.is_empty() && !question.reads_anything && question.unheard.is_none() {
+                let restrictive: Vec<String> = policies.restrictive.iter().chain(&filter).cloned().collect();
+                question.policy = Policy::compile(&policies.permissive, &restrictive, &columns);
+            }
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
                 question.needs = columns.iter().map(|column| column.name.clone()).collect();
@@ -271,29 +283,90 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
     }))
 }
 
-/// Permissive policies are alternatives, restrictive ones must all hold; without a permissive one nobody sees a row.
+/// As PostgreSQL prints them. Permissive ones are alternatives, restrictive ones must all hold.
+#[derive(Default)]
+struct Policies {
+    permissive: Vec<String>,
+    restrictive: Vec<String>,
+}
+
+impl Policies {
+    fn expression(&self) -> Option<String> {
+        let holds = |expression: &String| format!("coalesce(({expression}), false)");
+        let any: Vec<String> = self.permissive.iter().map(holds).collect();
+        let mut all = if any.is_empty() { Vec::new() } else { vec![format!("({})", any.join(" or "))] };
+        all.extend(self.restrictive.iter().map(holds));
+        (!all.is_empty()).then(|| all.join(" and "))
+    }
+}
+
+/// None: without a permissive one nobody sees a row.
 async fn policies(
     client: &tokio_postgres::Client,
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
     changed: &mut Changed,
-) -> Result<Option<String>, PgError> {
-    let (mut permissive, mut restrictive) = (Vec::new(), Vec::new());
+) -> Result<Option<Policies>, PgError> {
+    let mut policies = Policies::default();
     for row in client.query_typed(POLICIES, by_table).await.map_err(PgError::when(DOING))? {
         changed.note(&row, 2);
         if !row.get::<_, bool>(4) {
             continue;
         }
         // Without USING a permissive policy admits no row and a restrictive one forbids none.
-        let Some(expression) = row.get::<_, Option<&str>>(1) else { continue };
-        let expression = format!("coalesce(({expression}), false)");
-        if row.get(0) { permissive.push(expression) } else { restrictive.push(expression) }
+        let Some(expression) = row.get::<_, Option<String>>(1) else { continue };
+        if row.get(0) { policies.permissive.push(expression) } else { policies.restrictive.push(expression) }
     }
-    if permissive.is_empty() {
-        return Ok(None);
+    Ok((!policies.permissive.is_empty()).then_some(policies))
+}
+
+/// Does a function's body read nothing but the settings of the transaction? Any word that might mean more says no.
+fn reads_only_claims(body: &str) -> bool {
+    const CALLED: [&str; 3] = ["coalesce", "nullif", "current_setting"];
+    const FORBIDDEN: [&str; 14] = [
+        "from",
+        "join",
+        "table",
+        "perform",
+        "execute",
+        "into",
+        "with",
+        "current_timestamp",
+        "current_date",
+        "current_time",
+        "localtime",
+        "localtimestamp",
+        "now",
+        "today",
+    ];
+    let body = body.to_ascii_lowercase();
+    let mut word = String::new();
+    for c in body.chars().chain([' ']) {
+        match c {
+            'a'..='z' | '0'..='9' | '_' | '.' | '"' | '$' => word.push(c),
+            // `name (` is a call, too.
+            c if c.is_whitespace() && !word.is_empty() => {
+                if FORBIDDEN.contains(&word.as_str()) {
+                    return false;
+                }
+                word.push(' ');
+            }
+            '(' => {
+                let called = word.trim_end();
+                let name = called.rsplit(' ').next().unwrap_or_default();
+                if !name.is_empty() && !CALLED.contains(&name) && name != "select" && name != "return" {
+                    return false;
+                }
+                word.clear();
+            }
+            _ => {
+                if word.split(' ').any(|word| FORBIDDEN.contains(&word)) {
+                    return false;
+                }
+                word.clear();
+            }
+        }
     }
-    let mut all = vec![format!("({})", permissive.join(" or "))];
-    all.extend(restrictive);
-    Ok(Some(all.join(" and ")))
+    !word.split(' ').any(|word| FORBIDDEN.contains(&word))
 }
 
 async fn reads(
@@ -302,8 +375,14 @@ async fn reads(
     heard_through: &str,
     changed: &mut Changed,
 ) -> Result<Question, PgError> {
-    let mut question =
-        Question { expression: String::new(), needs: Vec::new(), reads: Vec::new(), reads_anything: false, unheard: None };
+    let mut question = Question {
+        expression: String::new(),
+        needs: Vec::new(),
+        reads: Vec::new(),
+        reads_anything: false,
+        unheard: None,
+        policy: None,
+    };
     let mut whole_row = false;
     let params = [by_table, &[(&heard_through, Type::TEXT)]].concat();
     for row in client.query_typed(READS, &params).await.map_err(PgError::when(DOING))? {
@@ -311,7 +390,8 @@ async fn reads(
         let (own, relation, itself): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
         let (schema, name): (&str, &str) = (row.get(5), row.get(6));
         if !relation {
-            let known = KNOWN_FUNCTIONS.contains(&(schema, name)) || row.get::<_, &str>(8) == "i";
+            let readable = row.get::<_, bool>(12) && reads_only_claims(row.get(13));
+            let known = (KNOWN_FUNCTIONS.contains(&(schema, name)) && readable) || row.get::<_, &str>(8) == "i";
             question.reads_anything |= !known;
         } else if itself {
             match row.get::<_, Option<String>>(9) {
@@ -324,7 +404,7 @@ async fn reads(
             match row.get::<_, &str>(7) {
                 "r" | "p" => {
                     // Commits raise the root's tag for its partitions.
-                    let heard: Option<String> = row.get(12);
+                    let heard: Option<String> = row.get(14);
                     match heard.as_deref().and_then(|heard| heard.split_once('\n')) {
                         Some((schema, name)) => question.reads.push(TableName::new(schema, name)),
                         None => question.unheard = Some(TableName::new(schema, name)),

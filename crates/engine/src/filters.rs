@@ -156,8 +156,14 @@ async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate
     let claims = first.subscriber.claims();
     let rules = core.rules.get(core, first.change.table.id, &claims).await.ok()??;
     let needs = wanted.binding.filters.iter().map(|filter| filter.condition.column.clone()).collect();
-    let question =
-        Question { expression: wanted.expression.to_string(), needs, reads: Vec::new(), reads_anything: false, unheard: None };
+    let question = Question {
+        expression: wanted.expression.to_string(),
+        needs,
+        reads: Vec::new(),
+        reads_anything: false,
+        unheard: None,
+        policy: None,
+    };
     let images: Vec<(&Table, &Row)> = of
         .iter()
         .filter_map(|at| {

@@ -9,6 +9,7 @@ pub struct Metrics {
     pub withheld_errors: Counter,
     pub resyncs: Counter,
     pub asked: Counter,
+    pub decided: Counter,
     pub stream_losses: Counter,
     pub unsettled: Counter,
     pub intake_waits: Counter,
@@ -45,6 +46,7 @@ impl Metrics {
             "Row changes told without their values: 400 no primary key, 401 no privilege on it, 413 too large"
         );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
+        describe_counter!("walcast_visibility_decided_total", "Row changes whose visibility was decided in memory");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
         describe_counter!("walcast_unsettled_total", "Times a commit stayed invisible beyond the bound");
@@ -76,6 +78,7 @@ impl Metrics {
             withheld_errors: counter!("walcast_changes_withheld_errors_total"),
             resyncs: counter!("walcast_resyncs_total"),
             asked: counter!("walcast_visibility_asked_total"),
+            decided: counter!("walcast_visibility_decided_total"),
             stream_losses: counter!("walcast_stream_losses_total"),
             unsettled: counter!("walcast_unsettled_total"),
             intake_waits: counter!("walcast_intake_waits_total"),

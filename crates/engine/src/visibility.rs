@@ -13,7 +13,11 @@ use std::{
 
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
-use walcast_auth::{Publications, RowRule, Rules, row_visibility};
+use walcast_auth::{
+    Publications, RowRule, Rules,
+    policy::{Answer, Bound, Policy},
+    row_visibility,
+};
 use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, TableName, Tag, TagHash};
 use walcast_pg::PgError;
 
@@ -60,20 +64,50 @@ type ByTableAndRole = (TableId, String);
 pub struct RuleBook {
     rules: Mutex<HashMap<ByTableAndRole, Arc<Rules>>>,
     by_name: Mutex<HashMap<TableName, TableId>>,
+    /// What the claims make of a table's policies, by the claims' fingerprint. None: it cannot be told.
+    bound: Mutex<HashMap<(TableId, u128), Option<Arc<Bound>>>>,
     generation: AtomicU64,
 }
+
+/// Callers whose claims are remembered; beyond, all are asked for anew.
+const BOUND: usize = 200_000;
 
 impl RuleBook {
     pub fn retire(&self, table: TableId) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().retain(|(id, _), _| *id != table);
         self.by_name.lock().retain(|_, id| *id != table);
+        self.bound.lock().retain(|(id, _), _| *id != table);
     }
 
     pub fn retire_all(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().clear();
         self.by_name.lock().clear();
+        self.bound.lock().clear();
+    }
+
+    /// Asked of PostgreSQL once for each set of claims.
+    async fn bound(&self, core: &Core, rules: &Rules, policy: &Policy, claims: &Claims) -> Option<Arc<Bound>> {
+        let key = (rules.table, claims.fingerprint());
+        if let Some(bound) = self.bound.lock().get(&key) {
+            return bound.clone();
+        }
+        let generation = self.generation.load(Ordering::Acquire);
+        let bound = match patiently(|| policy.bind(&core.pool, claims, ASK_TIMEOUT)).await {
+            Ok(bound) => Some(Arc::new(bound)),
+            // What PostgreSQL refuses for these claims it refuses for the row, too, and says so then.
+            Err(error) if !error.is_away() => None,
+            Err(_) => return None,
+        };
+        let mut remembered = self.bound.lock();
+        if self.generation.load(Ordering::Acquire) == generation {
+            if remembered.len() >= BOUND {
+                remembered.clear();
+            }
+            remembered.insert(key, bound.clone());
+        }
+        bound
     }
 
     /// By name, for a client that subscribes.
@@ -229,6 +263,12 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             all(Verdict::Unsure("a policy reads a table that is not published"))
         }
         RowRule::Ask(question) => {
+            if let Some(policy) = &question.policy
+                && let Some(allowed) = decide_here(core, group, &rules, policy, &mut verdicts).await
+            {
+                conclude(group, &allowed, |_| Doubt::None, &mut verdicts);
+                return unshown(&rules, group, verdicts);
+            }
             if let Err(reason) = ask(core, group, &rules, question, &mut verdicts).await {
                 core.metrics.withheld_errors.increment(group.changes.len() as u64);
                 return all(Verdict::Unsure(reason));
@@ -236,8 +276,12 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             verdicts
         }
     };
-    // Only to those who may see the row: upstream tells everybody who asked.
-    let Some(error) = unshowable(&rules) else { return verdicts };
+    unshown(&rules, group, verdicts)
+}
+
+/// Only to those who may see the row is it told that it cannot be shown: upstream tells everybody who asked.
+fn unshown(rules: &Rules, group: &Group<'_>, verdicts: Vec<Verdict>) -> Vec<Verdict> {
+    let Some(error) = unshowable(rules) else { return verdicts };
     let told = |(verdict, (_, _, change)): (Verdict, &(_, _, &Change))| match verdict {
         Verdict::Show { .. } if change.operation != Operation::Delete => Verdict::Error(error),
         verdict => verdict,
@@ -254,6 +298,45 @@ fn unshowable(rules: &Rules) -> Option<&'static str> {
     keys.any(|key| !key.visible).then_some("Error 401: Unauthorized")
 }
 
+/// Which images of each change may be seen.
+struct Allowed {
+    new: Vec<bool>,
+    old: Vec<bool>,
+}
+
+/// Policies that the row and the claims alone decide. None: PostgreSQL has to be asked after all.
+async fn decide_here(
+    core: &Core,
+    group: &Group<'_>,
+    rules: &Rules,
+    policy: &Policy,
+    verdicts: &mut [Verdict],
+) -> Option<Allowed> {
+    let bound = core.rules.bound(core, rules, policy, &group.claims).await?;
+    let mut allowed = Allowed { new: vec![false; group.changes.len()], old: vec![false; group.changes.len()] };
+    let mut lacking = Vec::new();
+    for (at, (_, _, change)) in group.changes.iter().enumerate() {
+        if !matches!(verdicts[at], Verdict::Show { .. }) {
+            continue;
+        }
+        for (row, allowed) in [(&change.new, &mut allowed.new[at]), (&change.old, &mut allowed.old[at])] {
+            match row.as_ref().map(|row| bound.decide(&change.table, row)) {
+                Some(Answer::Allow) => *allowed = true,
+                Some(Answer::Lacking) if std::ptr::eq(row, &change.new) => lacking.push(at),
+                Some(Answer::Deny | Answer::Lacking) | None => {}
+                Some(Answer::Ask) => return None,
+            }
+        }
+    }
+    for at in lacking {
+        verdicts[at] = Verdict::Unsure(LACKING);
+    }
+    core.metrics.decided.increment(group.changes.len() as u64);
+    Some(allowed)
+}
+
+const LACKING: &str = "a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it";
+
 async fn ask(
     core: &Core,
     group: &Group<'_>,
@@ -269,8 +352,7 @@ async fn ask(
         images.extend(change.new.iter().map(|row| (at, true, &*change.table, row)));
         images.extend(change.old.iter().map(|row| (at, false, &*change.table, row)));
     }
-    let mut new_allowed = vec![false; group.changes.len()];
-    let mut old_allowed = vec![false; group.changes.len()];
+    let mut allowed_images = Allowed { new: vec![false; group.changes.len()], old: vec![false; group.changes.len()] };
     let decides: Vec<TagHash> = question.reads.iter().map(|table| Tag::table(table).hash()).collect();
     for batch in images.chunks(IMAGES) {
         let rows: Vec<_> = batch.iter().map(|(_, _, table, row)| (*table, *row)).collect();
@@ -294,37 +376,41 @@ async fn ask(
                 verdicts[*at] = Verdict::Unsure("authorisation moved");
             }
             if *is_new && !*told {
-                verdicts[*at] =
-                    Verdict::Unsure("a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it");
+                verdicts[*at] = Verdict::Unsure(LACKING);
             }
             if *is_new {
-                new_allowed[*at] = *allowed;
+                allowed_images.new[*at] = *allowed;
             } else {
-                old_allowed[*at] = *allowed;
+                allowed_images.old[*at] = *allowed;
             }
         }
     }
+    // PostgreSQL was asked after the commit. Where the commit itself moved what the policy reads, its answer says
+    // nothing of who could see the old row.
+    conclude(group, &allowed_images, |at| moved_with(question, group.changes[at].0, group.changes[at].2), verdicts);
+    Ok(())
+}
+
+/// From the images that may be seen to what is shown.
+fn conclude(group: &Group<'_>, allowed: &Allowed, doubt: impl Fn(usize) -> Doubt, verdicts: &mut [Verdict]) {
     for (at, (_, _, change)) in group.changes.iter().enumerate() {
-        // PostgreSQL was asked after the commit. Where the commit itself moved what the policy reads, its answer says
-        // nothing of who could see the old row.
-        let doubt = moved_with(question, group.changes[at].0, change);
+        let doubt = doubt(at);
         if change.operation == Operation::Delete && doubt == Doubt::Moved {
             verdicts[at] = Verdict::Unsure("authorisation moved");
         }
         let Verdict::Show { old, .. } = &mut verdicts[at] else { continue };
-        *old = if old_allowed[at] && doubt == Doubt::None {
+        *old = if allowed.old[at] && doubt == Doubt::None {
             OldView::Whole
         } else if same_key(change) {
             OldView::Key
         } else {
             OldView::Nothing
         };
-        let visible = if change.operation == Operation::Delete { old_allowed[at] } else { new_allowed[at] };
+        let visible = if change.operation == Operation::Delete { allowed.old[at] } else { allowed.new[at] };
         if !visible {
             verdicts[at] = Verdict::Hide;
         }
     }
-    Ok(())
 }
 
 /// Asks again while the database is away: a restart in the middle of an announcement is no reason to lose it.
