@@ -1,6 +1,8 @@
-//! Is a subscription possible at all: table, publication, column, privilege, and the filter's value as PostgreSQL writes it.
+//! Is a subscription possible at all: table, publication, columns, privileges, and the filters' values as PostgreSQL
+//! writes them.
 //!
-//! Asked once when a client subscribes, as the client's role. What is wrong is said then, not by silence later.
+//! Asked when a client subscribes, of the rules that are remembered for its role, so that a herd of equal subscriptions
+//! costs the database nothing. What is wrong is said then, not by silence later.
 
 use std::time::Duration;
 
@@ -8,119 +10,181 @@ use tokio_postgres::types::Type;
 use walcast_model::{Claims, TableName};
 use walcast_pg::{Envelope, PgError, Pool};
 
-use crate::rules::qualified;
+use crate::rules::{ColumnRule, Rules, qualified};
 
 #[derive(Debug, thiserror::Error)]
 pub enum BindingRefused {
     /// Upstream's own words: clients match on them.
     #[error(
         "Unable to subscribe to changes with given parameters. Please check Realtime is enabled for the given connect parameters: \
-         [event: {event}, schema: {schema}, table: {table}, filters: {filters}, select: nil]; {why}"
+         [event: {event}, schema: {schema}, table: {table}, filters: {filters}, select: {select}]; {why}"
     )]
-    Unable { event: String, schema: String, table: String, filters: String, why: String },
+    Unable { event: String, schema: String, table: String, filters: String, select: String, why: String },
     #[error("Error parsing `filter` params: {0}")]
     Filter(String),
+    #[error("Error parsing `select` params: {0}")]
+    Select(String),
     #[error(transparent)]
     Database(#[from] PgError),
 }
-
-const DOING: &str = "checking a subscription";
 
 /// What a client wants to hear of one named table.
 pub struct Wanted<'a> {
     pub event: &'a str,
     pub table: &'a TableName,
-    /// (column, value as the client wrote it).
-    pub filters: &'a [(String, String)],
+    /// Each condition's column, and the condition as the client would write it.
+    pub filters: &'a [(&'a str, String)],
+    pub select: Option<&'a [String]>,
 }
 
-/// Returns the filters' values in the text form that the stream uses.
-pub async fn check(pool: &Pool, claims: &Claims, publication: &str, wanted: &Wanted<'_>) -> Result<Vec<String>, BindingRefused> {
-    let mut scope = Envelope::new(claims, Duration::from_secs(5)).open(pool, DOING).await?;
-    let checked = check_as_role(scope.client(), publication, wanted).await;
-    scope.end(DOING).await?;
-    checked
-}
-
-async fn check_as_role(
-    client: &tokio_postgres::Client,
+/// Returns what is known of each filter's column, in order. `rules`: what this role may read of the table; none if there
+/// is no such table.
+pub fn check<'r>(
+    rules: Option<&'r Rules>,
     publication: &str,
     wanted: &Wanted<'_>,
-) -> Result<Vec<String>, BindingRefused> {
+) -> Result<Vec<&'r ColumnRule>, BindingRefused> {
     let unable = |why: String| BindingRefused::Unable {
         event: wanted.event.to_owned(),
         schema: wanted.table.schema().to_owned(),
         table: wanted.table.table().to_owned(),
-        filters: format!("{:?}", wanted.filters.iter().map(|(column, value)| format!("{column}=eq.{value}")).collect::<Vec<_>>()),
+        filters: format!("{:?}", wanted.filters.iter().map(|(_, shown)| shown).collect::<Vec<_>>()),
+        select: wanted.select.map_or("nil".to_owned(), |columns| format!("{columns:?}")),
         why,
     };
-    let (schema, table) = (wanted.table.schema(), wanted.table.table());
-    // The root of partitions is listed by its partitions, unless the publication names roots.
-    let sql = "select c.oid is not null, exists (select from pg_catalog.pg_publication_tables where pubname = $3 and schemaname = $1 and tablename = $2) \
-               or exists (select from pg_catalog.pg_publication_rel r join pg_catalog.pg_publication p on p.oid = r.prpubid \
-                 where p.pubname = $3 and r.prrelid = c.oid), \
-               coalesce(has_schema_privilege(n.oid, 'usage') and has_any_column_privilege(c.oid, 'select'), false), \
-               case when c.relispartition then pg_partition_root(c.oid)::regclass::text end \
-               from (select) one left join pg_catalog.pg_namespace n on n.nspname = $1 \
-               left join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = $2";
-    let rows = client
-        .query_typed(sql, &[(&schema, Type::TEXT), (&table, Type::TEXT), (&publication, Type::TEXT)])
-        .await
-        .map_err(PgError::when(DOING))?;
-    if let Some(root) = rows.first().and_then(|row| row.get::<_, Option<String>>(3)) {
+    let Some(rules) = rules else { return Err(unable("there is no such table".into())) };
+    if let Some(root) = &rules.partition_of {
         return Err(unable(format!("it is a partition, and its changes are heard as its root's: subscribe to {root}")));
     }
-    let facts = rows.first().map(|row| (row.get::<_, bool>(0), row.get::<_, bool>(1), row.get::<_, bool>(2)));
-    match facts {
-        Some((true, true, true)) => {}
-        Some((true, true, false)) => return Err(unable(format!("this role may not select from {}", wanted.table))),
-        Some((true, false, _)) => {
-            let mend = format!("alter publication {publication} add table {}", qualified(wanted.table));
-            return Err(unable(format!("the table is not published: {mend}")));
-        }
-        _ => return Err(unable("there is no such table".into())),
+    if rules.published.is_none() {
+        let mend = format!("alter publication {publication} add table {}", qualified(wanted.table));
+        return Err(unable(format!("the table is not published: {mend}")));
     }
-    let mut values = Vec::with_capacity(wanted.filters.len());
-    for (column, value) in wanted.filters {
-        values.push(canonical(client, wanted.table, column, value).await?);
+    if !rules.readable {
+        return Err(unable(format!("this role may not select from {}", wanted.table)));
     }
-    Ok(values)
+    let readable = |name: &str| match rules.column(name) {
+        None => Err(format!("{} has no column `{name}`", wanted.table.table())),
+        Some(column) if !column.visible => Err(format!("this role may not read column `{name}`")),
+        Some(column) => Ok(column),
+    };
+    for column in wanted.select.unwrap_or_default() {
+        readable(column).map_err(BindingRefused::Select)?;
+    }
+    wanted.filters.iter().map(|(column, _)| readable(column).map_err(BindingRefused::Filter)).collect()
 }
 
-async fn canonical(
-    client: &tokio_postgres::Client,
-    table: &TableName,
+const DOING: &str = "checking a subscription";
+
+/// The values in the text form that the stream uses for the column's type. PostgreSQL is asked only for types whose form
+/// is not plain.
+pub async fn cast(pool: &Pool, claims: &Claims, column: &ColumnRule, values: &[String]) -> Result<Vec<String>, BindingRefused> {
+    if let Some(plain) = values.iter().map(|value| cast_plain(column, value)).collect() {
+        return Ok(plain);
+    }
+    // The type's name comes from format_type, which quotes it. concat uses the type's own output, as the stream does.
+    let sql = format!("select concat(v::{}) from unnest($1::text[]) with ordinality as x(v, n) order by n", column.sql_type);
+    let refused = |message: String| BindingRefused::Filter(format!("column `{}`: {message}", column.name));
+    let rows = as_role(pool, claims, &sql, values, refused).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Evaluates a condition once, without a row, so that an operator or a pattern that PostgreSQL does not know is refused
+/// now. `expression` reads `$1::text[]`.
+pub async fn probe(
+    pool: &Pool,
+    claims: &Claims,
     column: &str,
-    value: &str,
-) -> Result<String, BindingRefused> {
-    let (schema, name) = (table.schema(), table.table());
-    let sql = "select format_type(a.atttypid, -1), coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), \
-               t.typtype = 'e' or coalesce(b.typname, t.typname) = any ('{bool,int2,int4,int8,oid,uuid,text,varchar,bpchar,name,numeric,float4,float8,date,time,timetz,timestamp,timestamptz,interval,bytea,inet,cidr,macaddr}'), \
-               coalesce(co.collisdeterministic, true) \
-               from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid left join pg_catalog.pg_type b on b.oid = t.typbasetype \
-               join pg_catalog.pg_class c on c.oid = a.attrelid join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
-               left join pg_catalog.pg_collation co on co.oid = a.attcollation \
-               where n.nspname = $1 and c.relname = $2 and a.attname = $3 and a.attnum > 0 and not a.attisdropped";
-    let rows = client
-        .query_typed(sql, &[(&schema, Type::TEXT), (&name, Type::TEXT), (&column, Type::TEXT)])
-        .await
-        .map_err(PgError::when(DOING))?;
-    let Some(row) = rows.first() else {
-        return Err(BindingRefused::Filter(format!("{table} has no column `{column}`")));
-    };
-    let (type_name, readable, comparable, deterministic): (String, bool, bool, bool) =
-        (row.get(0), row.get(1), row.get(2), row.get(3));
-    if !readable {
-        return Err(BindingRefused::Filter(format!("this role may not read column `{column}`")));
+    expression: &str,
+    values: &[String],
+) -> Result<(), BindingRefused> {
+    let refused = |message: String| BindingRefused::Filter(format!("column `{column}`: {message}"));
+    as_role(pool, claims, &format!("select {expression}"), values, refused).await.map(drop)
+}
+
+async fn as_role(
+    pool: &Pool,
+    claims: &Claims,
+    sql: &str,
+    values: &[String],
+    refused: impl Fn(String) -> BindingRefused,
+) -> Result<Vec<tokio_postgres::Row>, BindingRefused> {
+    let envelope = Envelope::new(claims, Duration::from_secs(5)).setting("search_path", "");
+    let mut scope = envelope.open(pool, DOING).await?;
+    let answer = scope.client().query_typed(sql, &[(&values, Type::TEXT_ARRAY)]).await.map_err(PgError::when(DOING));
+    match answer {
+        Err(PgError::Refused { message, .. }) => {
+            scope.end(DOING).await?;
+            Err(refused(message))
+        }
+        answer => {
+            scope.end(DOING).await?;
+            Ok(answer?)
+        }
     }
-    if !comparable || !deterministic {
-        return Err(BindingRefused::Filter(format!("column `{column}` of type {type_name} cannot be compared by its text")));
+}
+
+/// None: PostgreSQL knows. What it would refuse is also left to it, for its own words.
+fn cast_plain(column: &ColumnRule, value: &str) -> Option<String> {
+    if column.is_domain {
+        return None;
     }
-    // The type's name comes from format_type, which quotes it.
-    let sql = format!("select ($1::text)::{type_name}::text");
-    match client.query_typed(&sql, &[(&value, Type::TEXT)]).await.map_err(PgError::when(DOING)) {
-        Ok(rows) => Ok(rows.first().and_then(|row| row.get::<_, Option<String>>(0)).unwrap_or_default()),
-        Err(PgError::Refused { message, .. }) => Err(BindingRefused::Filter(format!("column `{column}`: {message}"))),
-        Err(other) => Err(other.into()),
+    match column.base_type.as_str() {
+        "int2" => value.parse::<i16>().ok().map(|number| number.to_string()),
+        "int4" => value.parse::<i32>().ok().map(|number| number.to_string()),
+        "int8" => value.parse::<i64>().ok().map(|number| number.to_string()),
+        "bool" => match value {
+            "t" | "true" => Some("t".into()),
+            "f" | "false" => Some("f".into()),
+            _ => None,
+        },
+        "text" | "varchar" => (!value.contains('\0')).then(|| value.to_owned()),
+        "uuid" => {
+            let plain = value.len() == 36
+                && value
+                    .bytes()
+                    .enumerate()
+                    .all(|(at, b)| if matches!(at, 8 | 13 | 18 | 23) { b == b'-' } else { b.is_ascii_hexdigit() });
+            plain.then(|| value.to_ascii_lowercase())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use walcast_model::Family;
+
+    use super::*;
+
+    fn cast_of(base_type: &str, value: &str) -> Option<String> {
+        let column = ColumnRule {
+            name: "c".into(),
+            visible: true,
+            primary: false,
+            type_oid: 1,
+            sql_type: base_type.into(),
+            base_type: base_type.into(),
+            is_domain: false,
+            family: Family::Opaque,
+        };
+        cast_plain(&column, value)
+    }
+
+    #[test]
+    fn plain_values_need_no_database() {
+        for (base_type, value, expected) in [
+            ("int4", "007", Some("7")),
+            ("int2", "40000", None),
+            ("int8", "1e3", None),
+            ("bool", "true", Some("t")),
+            ("bool", "yes", None),
+            ("uuid", "00000000-0000-4000-8000-00000000000A", Some("00000000-0000-4000-8000-00000000000a")),
+            ("uuid", "{00000000-0000-4000-8000-00000000000a}", None),
+            ("text", " x ", Some(" x ")),
+            ("timestamptz", "now", None),
+        ] {
+            assert_eq!(cast_of(base_type, value).as_deref(), expected, "{base_type} {value}");
+        }
     }
 }

@@ -1,14 +1,15 @@
 //! Tokens to claims; what these claims may join, see and run. Knows nothing of sockets or cache tiers.
 //!
 //! [`Tokens`]: a signed token becomes [`walcast_model::Claims`]. [`Rules`]: what a role may read of a table.
-//! [`row_visibility`]: may these claims see this row image? [`binding_check`]: is this subscription possible at all?
+//! [`policy`]: may these claims see this row image, told in memory; [`row_visibility`]: asked of PostgreSQL. [`binding_check`]: is this subscription possible at all?
 
 pub mod binding_check;
+pub mod policy;
 pub mod row_visibility;
 mod rules;
 mod tokens;
 
-pub use rules::{Publications, Question, RowRule, Rules, rules_fingerprint};
+pub use rules::{ColumnRule, Publications, Question, RowRule, Rules, rules_fingerprint};
 pub use tokens::{TokenError, Tokens, install_crypto};
 
 /// What this room puts into the database, in order.

@@ -60,7 +60,7 @@ pub async fn ask(
 
 /// The images take the table's place under its own name, so that the policy's text reads them as its row.
 fn statement(rules: &Rules, question: &Question) -> String {
-    let columns: Vec<String> = rules.columns.iter().map(|(name, _)| quote_ident(name)).collect();
+    let columns: Vec<String> = rules.columns.iter().map(|column| quote_ident(&column.name)).collect();
     format!(
         "select $2::text, current_user::text, pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, \
          coalesce((select array_agg(coalesce({expression}, false) order by walcast_ordinal) \
@@ -79,11 +79,11 @@ fn composite(rules: &Rules, question: &Question, table: &Table, row: &Row) -> Op
         return None;
     }
     let mut text = String::from("(");
-    for (index, (name, _)) in rules.columns.iter().enumerate() {
+    for (index, column) in rules.columns.iter().enumerate() {
         if index > 0 {
             text.push(',');
         }
-        match cell(name) {
+        match cell(&column.name) {
             known @ Cell::Value(_) => push_quoted(&mut text, known.text()?),
             Cell::Null | Cell::Unchanged | Cell::Absent => {}
         }

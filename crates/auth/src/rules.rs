@@ -6,20 +6,43 @@
 use std::{collections::HashMap, time::Duration};
 
 use tokio_postgres::{Row, types::Type};
-use walcast_model::{Claims, Snapshot, TableId, TableName, Xid};
+use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
 use walcast_pg::{Envelope, PgError, Pool, quote_ident};
+
+use crate::policy::Policy;
 
 #[derive(Debug, Clone)]
 pub struct Rules {
     pub table: TableId,
     pub name: TableName,
-    /// Columns of the table now, in order, with: may the role read it, and is it published to clients?
-    pub columns: Vec<(String, bool)>,
+    /// Columns of the table now, in order.
+    pub columns: Vec<ColumnRule>,
     pub rows: RowRule,
+    /// May the role read anything of it at all?
+    pub readable: bool,
+    /// The root whose changes its own are heard as, if it is a partition.
+    pub partition_of: Option<String>,
     /// The publication's own choice of operations: insert, update, delete. None: not published to clients.
     pub published: Option<[bool; 3]>,
     /// The newest transaction that changed what is said here. Older commits may have had other rules.
     pub changed_by: Xid,
+}
+
+#[derive(Debug, Clone)]
+pub struct ColumnRule {
+    pub name: String,
+    /// The role may read it, and it is published to clients.
+    pub visible: bool,
+    /// Part of the primary key.
+    pub primary: bool,
+    pub type_oid: u32,
+    /// As SQL spells it.
+    pub sql_type: String,
+    /// The type's name in `pg_catalog`, or that of the domain's base; empty for any other.
+    pub base_type: String,
+    pub is_domain: bool,
+    /// How its values compare.
+    pub family: Family,
 }
 
 #[derive(Debug, Clone)]
@@ -42,6 +65,8 @@ pub struct Question {
     pub reads_anything: bool,
     /// A table that decides and whose changes are not streamed: nobody can tell whether it moved since a commit.
     pub unheard: Option<TableName>,
+    /// The same, to be decided without asking, where that is proven to come to the same.
+    pub policy: Option<Policy>,
 }
 
 const DOING: &str = "reading the rules of a table";
@@ -52,7 +77,9 @@ select n.nspname::text, c.relname::text, coalesce(row_security_active(c.oid), tr
        p.oid is not null, p.pubinsert, p.pubupdate, p.pubdelete,
        coalesce(pt.attnames::text[], (select array_agg(a.attname::text) from pg_catalog.pg_attribute a
          where a.attrelid = c.oid and a.attnum = any (pr.prattrs::int2[]))),
-       coalesce(pt.rowfilter, pg_get_expr(pr.prqual, pr.prrelid))
+       coalesce(pt.rowfilter, pg_get_expr(pr.prqual, pr.prrelid)),
+       coalesce(has_schema_privilege(n.oid, 'usage') and has_any_column_privilege(c.oid, 'select'), false),
+       case when c.relispartition then pg_partition_root(c.oid)::regclass::text end
 from pg_catalog.pg_class c
 join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_publication_tables pt
@@ -63,9 +90,26 @@ left join pg_catalog.pg_publication_rel pr
 left join pg_catalog.pg_publication p on p.pubname = $2 and (pt.pubname is not null or pr.oid is not null)
 where c.oid = $1::int8::oid";
 
+/// A collation orders by bytes if it is C by name or by locale; the default one is the database's. Turkish, Azeri and
+/// Lithuanian have their own small i.
 const COLUMNS: &str = "
-select a.attname::text, coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), a.xmin::text, age(a.xmin) = 2147483647
+with here as (select to_jsonb(d) as j, d.datcollate::text, d.datctype::text from pg_catalog.pg_database d where d.datname = current_database())
+select a.attname::text, coalesce(has_column_privilege(a.attrelid, a.attnum, 'select'), false), a.xmin::text, age(a.xmin) = 2147483647,
+       a.atttypid::int8, format_type(a.atttypid, -1),
+       case when base.typnamespace = 'pg_catalog'::regnamespace then base.typname::text else '' end,
+       t.typtype = 'd', base.typtype = 'e', coalesce(co.collisdeterministic, a.attcollation <> 0),
+       coalesce(case when co.collprovider = 'd' then coalesce(here.j ->> 'datlocprovider', 'c') in ('c', 'b')
+             and coalesce(here.j ->> 'datlocale', here.datcollate) in ('C', 'POSIX', 'C.UTF-8') and (here.j ->> 'datlocprovider' = 'b' or here.datcollate in ('C', 'POSIX'))
+           when co.collprovider = 'b' then true
+           else co.collcollate in ('C', 'POSIX') end, false),
+       coalesce(case when co.collprovider = 'd' then coalesce(here.j ->> 'daticulocale', here.j ->> 'datlocale', here.datctype)
+           else coalesce(to_jsonb(co) ->> 'colliculocale', to_jsonb(co) ->> 'colllocale', co.collctype) end !~* '^(tr|az|lt)', false),
+       exists (select from pg_catalog.pg_index i where i.indrelid = a.attrelid and i.indisprimary and a.attnum = any (i.indkey::int2[]))
 from pg_catalog.pg_attribute a
+cross join here
+join pg_catalog.pg_type t on t.oid = a.atttypid
+join pg_catalog.pg_type base on base.oid = case when t.typtype = 'd' then t.typbasetype else t.oid end
+left join pg_catalog.pg_collation co on co.oid = a.attcollation
 where a.attrelid = $1::int8::oid and a.attnum > 0 and not a.attisdropped
 order by a.attnum";
 
@@ -91,6 +135,8 @@ select distinct r.polrelid = $1::int8::oid as own, d.refclassid = 'pg_catalog.pg
        coalesce(n.nspname, fn.nspname, '')::text, coalesce(c.relname, f.proname, '')::text,
        coalesce(c.relkind::text, ''), coalesce(f.provolatile::text, ''), a.attname::text,
        coalesce(q.xmin, c.xmin)::text, coalesce(age(coalesce(q.xmin, c.xmin)) = 2147483647, true),
+       coalesce(f.prosqlbody is null and f.proconfig is null and f.prolang in (select oid from pg_catalog.pg_language where lanname in ('sql', 'plpgsql')), false),
+       coalesce(f.prosrc, ''),
        (select pt.schemaname || chr(10) || pt.tablename from pg_catalog.pg_publication_tables pt
         join pg_catalog.pg_namespace rn on rn.nspname = pt.schemaname
         join pg_catalog.pg_class rc on rc.relnamespace = rn.oid and rc.relname = pt.tablename
@@ -105,7 +151,7 @@ left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::regclass 
 left join pg_catalog.pg_namespace fn on fn.oid = f.pronamespace
 where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::regclass)";
 
-/// Functions that read nothing but the claims, which every question carries.
+/// Functions that read nothing but the claims, which every question carries; that theirs do, is looked up.
 const KNOWN_FUNCTIONS: [(&str, &str); 5] =
     [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email"), ("realtime", "topic")];
 
@@ -132,9 +178,36 @@ impl Rules {
         rules
     }
 
+    /// As [`Rules::load`], by name. None if there is no such table.
+    pub async fn find(
+        pool: &Pool,
+        name: &TableName,
+        claims: &Claims,
+        publications: Publications<'_>,
+    ) -> Result<Option<Rules>, PgError> {
+        const SQL: &str = "select c.oid::int8 from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace \
+                           where n.nspname = $1 and c.relname = $2";
+        let envelope = Envelope::new(claims, Duration::from_secs(5)).setting("search_path", "");
+        let mut scope = envelope.open(pool, DOING).await?;
+        let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] =
+            &[(&name.schema(), Type::TEXT), (&name.table(), Type::TEXT)];
+        let found = scope.client().query_typed(SQL, params).await.map_err(PgError::when(DOING))?;
+        let oid = found.first().and_then(|row| u32::try_from(row.get::<_, i64>(0)).ok());
+        let rules = match oid {
+            Some(oid) => load(scope.client(), TableId(oid), publications).await,
+            None => Ok(None),
+        };
+        scope.end(DOING).await?;
+        rules
+    }
+
+    pub fn column(&self, name: &str) -> Option<&ColumnRule> {
+        self.columns.iter().find(|column| column.name == name)
+    }
+
     /// Which columns of a streamed table this role may see; a column that the catalog does not know is not shown.
     pub fn visible(&self, table: &walcast_model::Table) -> Vec<bool> {
-        let known: HashMap<&str, bool> = self.columns.iter().map(|(name, visible)| (name.as_str(), *visible)).collect();
+        let known: HashMap<&str, bool> = self.columns.iter().map(|column| (column.name.as_str(), column.visible)).collect();
         table.columns.iter().map(|column| known.get(&*column.name).copied().unwrap_or(false)).collect()
     }
 }
@@ -159,7 +232,20 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         changed.note(&row, 2);
         let name: String = row.get(0);
         let published = published_columns.as_ref().is_none_or(|list| list.contains(&name));
-        columns.push((name, usage && row.get::<_, bool>(1) && published));
+        let oid: i64 = row.get(4);
+        // None where the type has no collation, and where equality is not equality of bytes.
+        let deterministic: bool = row.get(9);
+        let collation = deterministic.then(|| Collation { by_bytes: row.get(10), folds_ascii: row.get(11) });
+        columns.push(ColumnRule {
+            visible: usage && row.get::<_, bool>(1) && published,
+            primary: row.get(12),
+            type_oid: u32::try_from(oid).unwrap_or_default(),
+            sql_type: row.get(5),
+            base_type: row.get(6),
+            is_domain: row.get(7),
+            family: Family::of(row.get(6), row.get(8), collation),
+            name,
+        });
     }
 
     let published = head.get::<_, bool>(7).then(|| [head.get(8), head.get(9), head.get(10)]);
@@ -168,13 +254,19 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
     let rows = match (rows, row_filter) {
         (None, None) => RowRule::All,
         (Some(None), _) => RowRule::Nobody,
-        (policy, filter) => {
-            let parts: Vec<String> = policy.flatten().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
+        (policies, filter) => {
+            let policies = policies.flatten().unwrap_or_default();
+            let parts: Vec<String> =
+                policies.expression().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
             let mut question = reads(client, by_table, publications.cache, &mut changed).await?;
             question.expression = parts.join(" and ");
+            if question.reads.is_empty() && !question.reads_anything && question.unheard.is_none() {
+                let restrictive: Vec<String> = policies.restrictive.iter().chain(&filter).cloned().collect();
+                question.policy = Policy::compile(&policies.permissive, &restrictive, &columns);
+            }
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
-                question.needs = columns.iter().map(|(name, _)| name.clone()).collect();
+                question.needs = columns.iter().map(|column| column.name.clone()).collect();
             }
             RowRule::Ask(Box::new(question))
         }
@@ -184,34 +276,97 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         name: TableName::new(head.get(0), head.get(1)),
         columns,
         rows,
+        readable: head.get(13),
+        partition_of: head.get(14),
         published,
         changed_by: changed.newest,
     }))
 }
 
-/// Permissive policies are alternatives, restrictive ones must all hold; without a permissive one nobody sees a row.
+/// As PostgreSQL prints them. Permissive ones are alternatives, restrictive ones must all hold.
+#[derive(Default)]
+struct Policies {
+    permissive: Vec<String>,
+    restrictive: Vec<String>,
+}
+
+impl Policies {
+    fn expression(&self) -> Option<String> {
+        let holds = |expression: &String| format!("coalesce(({expression}), false)");
+        let any: Vec<String> = self.permissive.iter().map(holds).collect();
+        let mut all = if any.is_empty() { Vec::new() } else { vec![format!("({})", any.join(" or "))] };
+        all.extend(self.restrictive.iter().map(holds));
+        (!all.is_empty()).then(|| all.join(" and "))
+    }
+}
+
+/// None: without a permissive one nobody sees a row.
 async fn policies(
     client: &tokio_postgres::Client,
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
     changed: &mut Changed,
-) -> Result<Option<String>, PgError> {
-    let (mut permissive, mut restrictive) = (Vec::new(), Vec::new());
+) -> Result<Option<Policies>, PgError> {
+    let mut policies = Policies::default();
     for row in client.query_typed(POLICIES, by_table).await.map_err(PgError::when(DOING))? {
         changed.note(&row, 2);
         if !row.get::<_, bool>(4) {
             continue;
         }
         // Without USING a permissive policy admits no row and a restrictive one forbids none.
-        let Some(expression) = row.get::<_, Option<&str>>(1) else { continue };
-        let expression = format!("coalesce(({expression}), false)");
-        if row.get(0) { permissive.push(expression) } else { restrictive.push(expression) }
+        let Some(expression) = row.get::<_, Option<String>>(1) else { continue };
+        if row.get(0) { policies.permissive.push(expression) } else { policies.restrictive.push(expression) }
     }
-    if permissive.is_empty() {
-        return Ok(None);
+    Ok((!policies.permissive.is_empty()).then_some(policies))
+}
+
+/// Does a function's body read nothing but the settings of the transaction? Any word that might mean more says no.
+fn reads_only_claims(body: &str) -> bool {
+    const CALLED: [&str; 3] = ["coalesce", "nullif", "current_setting"];
+    const FORBIDDEN: [&str; 14] = [
+        "from",
+        "join",
+        "table",
+        "perform",
+        "execute",
+        "into",
+        "with",
+        "current_timestamp",
+        "current_date",
+        "current_time",
+        "localtime",
+        "localtimestamp",
+        "now",
+        "today",
+    ];
+    let body = body.to_ascii_lowercase();
+    let mut word = String::new();
+    for c in body.chars().chain([' ']) {
+        match c {
+            'a'..='z' | '0'..='9' | '_' | '.' | '"' | '$' => word.push(c),
+            // `name (` is a call, too.
+            c if c.is_whitespace() && !word.is_empty() => {
+                if FORBIDDEN.contains(&word.as_str()) {
+                    return false;
+                }
+                word.push(' ');
+            }
+            '(' => {
+                let called = word.trim_end();
+                let name = called.rsplit(' ').next().unwrap_or_default();
+                if !name.is_empty() && !CALLED.contains(&name) && name != "select" && name != "return" {
+                    return false;
+                }
+                word.clear();
+            }
+            _ => {
+                if word.split(' ').any(|word| FORBIDDEN.contains(&word)) {
+                    return false;
+                }
+                word.clear();
+            }
+        }
     }
-    let mut all = vec![format!("({})", permissive.join(" or "))];
-    all.extend(restrictive);
-    Ok(Some(all.join(" and ")))
+    !word.split(' ').any(|word| FORBIDDEN.contains(&word))
 }
 
 async fn reads(
@@ -220,8 +375,14 @@ async fn reads(
     heard_through: &str,
     changed: &mut Changed,
 ) -> Result<Question, PgError> {
-    let mut question =
-        Question { expression: String::new(), needs: Vec::new(), reads: Vec::new(), reads_anything: false, unheard: None };
+    let mut question = Question {
+        expression: String::new(),
+        needs: Vec::new(),
+        reads: Vec::new(),
+        reads_anything: false,
+        unheard: None,
+        policy: None,
+    };
     let mut whole_row = false;
     let params = [by_table, &[(&heard_through, Type::TEXT)]].concat();
     for row in client.query_typed(READS, &params).await.map_err(PgError::when(DOING))? {
@@ -229,7 +390,8 @@ async fn reads(
         let (own, relation, itself): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
         let (schema, name): (&str, &str) = (row.get(5), row.get(6));
         if !relation {
-            let known = KNOWN_FUNCTIONS.contains(&(schema, name)) || row.get::<_, &str>(8) == "i";
+            let readable = row.get::<_, bool>(12) && reads_only_claims(row.get(13));
+            let known = (KNOWN_FUNCTIONS.contains(&(schema, name)) && readable) || row.get::<_, &str>(8) == "i";
             question.reads_anything |= !known;
         } else if itself {
             match row.get::<_, Option<String>>(9) {
@@ -242,7 +404,7 @@ async fn reads(
             match row.get::<_, &str>(7) {
                 "r" | "p" => {
                     // Commits raise the root's tag for its partitions.
-                    let heard: Option<String> = row.get(12);
+                    let heard: Option<String> = row.get(14);
                     match heard.as_deref().and_then(|heard| heard.split_once('\n')) {
                         Some((schema, name)) => question.reads.push(TableName::new(schema, name)),
                         None => question.unheard = Some(TableName::new(schema, name)),

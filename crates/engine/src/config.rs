@@ -45,6 +45,8 @@ pub struct StreamLimits {
 #[derive(Debug, Clone)]
 pub struct RealtimeLimits {
     pub outbox_bytes: usize,
+    /// A change whose JSON is larger is told without its larger values.
+    pub change_bytes: usize,
 }
 
 #[derive(Clone)]

@@ -8,6 +8,7 @@ pub mod cache_face;
 pub mod config;
 pub mod doctor;
 mod echoes;
+mod filters;
 mod freshness;
 mod health;
 mod invalidation;

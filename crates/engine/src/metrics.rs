@@ -9,6 +9,7 @@ pub struct Metrics {
     pub withheld_errors: Counter,
     pub resyncs: Counter,
     pub asked: Counter,
+    pub decided: Counter,
     pub stream_losses: Counter,
     pub unsettled: Counter,
     pub intake_waits: Counter,
@@ -26,6 +27,12 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// A change that is told without being shown: upstream's words, of which the number is the reason.
+    pub fn withheld_error(&self, error: &'static str) {
+        let code = error.split([' ', ':']).nth(1).unwrap_or_default();
+        counter!("walcast_changes_unshown_total", "code" => code).increment(1);
+    }
+
     pub fn register() -> Metrics {
         describe_counter!("walcast_commits_total", "Commits read from the slot");
         describe_counter!("walcast_changes_delivered_total", "Row changes handed to outboxes");
@@ -34,7 +41,12 @@ impl Metrics {
             "walcast_changes_withheld_errors_total",
             "Row changes withheld because authorisation could not be decided"
         );
+        describe_counter!(
+            "walcast_changes_unshown_total",
+            "Row changes told without their values: 400 no primary key, 401 no privilege on it, 413 too large"
+        );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
+        describe_counter!("walcast_visibility_decided_total", "Row changes whose visibility was decided in memory");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
         describe_counter!("walcast_unsettled_total", "Times a commit stayed invisible beyond the bound");
@@ -66,6 +78,7 @@ impl Metrics {
             withheld_errors: counter!("walcast_changes_withheld_errors_total"),
             resyncs: counter!("walcast_resyncs_total"),
             asked: counter!("walcast_visibility_asked_total"),
+            decided: counter!("walcast_visibility_decided_total"),
             stream_losses: counter!("walcast_stream_losses_total"),
             unsettled: counter!("walcast_unsettled_total"),
             intake_waits: counter!("walcast_intake_waits_total"),

@@ -5,14 +5,18 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use walcast_auth::binding_check::{self, BindingRefused};
+use walcast_auth::{
+    Rules,
+    binding_check::{self, BindingRefused},
+};
 use walcast_hub::Outbox;
 use walcast_matcher::{Binding, BindingError};
 use walcast_model::{Claims, Item, Position, Scope, TableName};
+use walcast_pg::PgError;
 use walcast_protocol::sse;
 
 use crate::{
-    Core, Engine,
+    Core, Engine, filters,
     pipeline::announce::{CANDIDATES, frames, resync_frame},
     subscriptions::{Shape, SubscriptionHandle, Wanted},
     visibility::Candidate,
@@ -25,6 +29,8 @@ pub struct Asked {
     pub schema: Option<String>,
     pub table: Option<String>,
     pub filter: Option<String>,
+    /// None: every column that the role may read.
+    pub select: Option<Vec<String>>,
     pub client_id: u32,
 }
 
@@ -50,12 +56,17 @@ pub enum SubscribeError {
     Binding(#[from] BindingError),
     #[error(transparent)]
     Refused(#[from] BindingRefused),
+    #[error(transparent)]
+    Database(#[from] PgError),
 }
 
 impl SubscribeError {
     /// The database could not be asked: try again.
     pub fn is_away(&self) -> bool {
-        matches!(self, SubscribeError::Refused(BindingRefused::Database(error)) if error.is_away())
+        match self {
+            SubscribeError::Refused(BindingRefused::Database(error)) | SubscribeError::Database(error) => error.is_away(),
+            _ => false,
+        }
     }
 }
 
@@ -127,15 +138,34 @@ impl Engine {
 }
 
 async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, SubscribeError> {
-    let mut binding = Binding::parse(&asked.event, asked.schema.as_deref(), asked.table.as_deref(), asked.filter.as_deref())?;
-    if let (Some(schema), Some(table)) = (&binding.schema, &binding.table) {
-        let table = TableName::new(schema, table);
-        let filters: Vec<_> = binding.filters.iter().map(|f| (f.column.clone(), f.value.clone())).collect();
-        let wanted = binding_check::Wanted { event: &asked.event, table: &table, filters: &filters };
-        let values = binding_check::check(&core.pool, claims, &core.config.publication_realtime, &wanted).await?;
-        binding.filters.iter_mut().zip(values).for_each(|(filter, value)| filter.value = value);
+    let (schema, table) = (asked.schema.as_deref(), asked.table.as_deref());
+    let mut binding = Binding::parse(&asked.event, schema, table, asked.filter.as_deref(), asked.select.as_deref())?;
+    // With a wildcard there is no type to cast to: PostgreSQL compares, change by change.
+    let (Some(schema), Some(table)) = (&binding.schema, &binding.table) else {
+        let expression = filters::expression(&binding.filters, None).into();
+        return Ok(Wanted { binding, client_id: asked.client_id, expression });
+    };
+    let table = TableName::new(schema, table);
+    let shown: Vec<_> = binding.filters.iter().map(|f| (f.condition.column.as_str(), f.condition.to_string())).collect();
+    let wanted = binding_check::Wanted { event: &asked.event, table: &table, filters: &shown, select: binding.select.as_deref() };
+    let check = |rules: Option<&Rules>| binding_check::check(rules, &core.config.publication_realtime, &wanted).map(drop);
+    let mut rules = core.rules.find(core, &table, claims).await?;
+    if check(rules.as_deref()).is_err() {
+        // Remembered rules never refuse: what was granted just now counts.
+        core.rules.forget(&table);
+        rules = core.rules.find(core, &table, claims).await?;
+        check(rules.as_deref())?;
     }
-    Ok(Wanted { binding, client_id: asked.client_id })
+    let Some(rules) = rules else { return Err(BindingRefused::Filter(format!("{table} is gone")).into()) };
+    filters::prepare(core, claims, &rules, &mut binding).await?;
+    if let Some(select) = &mut binding.select {
+        let keys = rules.columns.iter().filter(|column| column.primary).map(|column| column.name.clone());
+        select.extend(keys);
+        select.sort_unstable();
+        select.dedup();
+    }
+    let expression = filters::expression(&binding.filters, Some(&rules)).into();
+    Ok(Wanted { binding, client_id: asked.client_id, expression })
 }
 
 /// The frames between cursor and noted position, or the first of them, or why they cannot be given.
@@ -161,10 +191,10 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
         let items = match &commit.commit.scope {
             Scope::Whole(items) => items,
             Scope::TooLarge { tables, .. } => {
-                found.clear();
-                tables.iter().for_each(|table| index.of_table(table, &mut found));
+                let mut heard = Vec::new();
+                tables.iter().for_each(|table| index.of_table(table, &mut heard));
                 // Who was told so already stands behind it.
-                if !found.is_empty() && (commit.commit.lsn, commit.commit.end_index()) > cursor.place() {
+                if !heard.is_empty() && (commit.commit.lsn, commit.commit.end_index()) > cursor.place() {
                     return Err("transaction too large");
                 }
                 continue;
@@ -184,9 +214,14 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
                 }
             }
             if !found.is_empty() {
-                let subscriber: Arc<_> = handle.subscriber.clone();
-                let client_ids = subscriber.client_ids(&found);
-                candidates.push(Candidate { commit, index: *at, change, subscriber, client_ids });
+                let subscriber: &Arc<_> = &handle.subscriber;
+                candidates.extend(subscriber.wanting(&found).into_iter().map(|wanting| Candidate {
+                    commit,
+                    index: *at,
+                    change,
+                    subscriber: subscriber.clone(),
+                    wanting,
+                }));
             }
         }
     }
@@ -206,14 +241,18 @@ struct Replay {
 
 impl Replay {
     async fn add(&mut self, core: &Core, candidates: Vec<Candidate<'_>>) {
-        for (_, _, frame) in frames(core, candidates).await {
+        let frames = frames(core, candidates).await;
+        // Never between two frames of one place: the client would come back behind the second.
+        for of_one_place in frames.chunk_by(|(_, a, _), (_, b, _)| a == b) {
             // One at least, however large: each return must lead further.
             if self.bytes > self.limit_bytes {
                 self.more = true;
                 return;
             }
-            self.bytes += frame.len() + 64;
-            self.frames.push(frame);
+            for (_, _, frame) in of_one_place {
+                self.bytes += frame.len() + 64;
+                self.frames.push(frame.clone());
+            }
         }
     }
 }

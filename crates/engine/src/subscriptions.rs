@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::RwLock;
 use walcast_hub::{Gate, Outbox, Place};
-use walcast_matcher::{Binding, Index, SubscriptionId};
+use walcast_matcher::{Binding, Index, SubscriptionId, Wants};
 use walcast_model::{Change, Claims, Table};
 use walcast_protocol::phoenix::Vsn;
 
@@ -33,15 +33,20 @@ pub struct Subscriber {
     claims: RwLock<Claims>,
     pub gate: Gate,
     pub shape: Shape,
-    bindings: Vec<(SubscriptionId, Wanted)>,
+    bindings: Vec<(SubscriptionId, Arc<Wanted>)>,
 }
 
 /// One binding and the id under which the client knows it.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Wanted {
     pub binding: Binding,
     pub client_id: u32,
+    /// The filters in SQL, over the row's columns: for what the matcher cannot tell.
+    pub expression: Arc<str>,
 }
+
+/// The bindings of one subscriber that want, or may want, a change, and show the same columns of it.
+pub type Wanting = Vec<(Arc<Wanted>, Wants)>;
 
 impl Subscriber {
     pub fn claims(&self) -> Claims {
@@ -57,12 +62,6 @@ impl Subscriber {
         self.claims.read().expires_at() <= now
     }
 
-    /// Columns that the bindings filter on: a role that may not read them any more hears nothing.
-    pub fn filter_columns(&self, client_ids: &[u32]) -> impl Iterator<Item = &str> {
-        let asked = self.bindings.iter().filter(|(_, wanted)| client_ids.contains(&wanted.client_id));
-        asked.flat_map(|(_, wanted)| wanted.binding.filters.iter().map(|filter| filter.column.as_str()))
-    }
-
     /// An index of this subscriber alone, for its replay.
     pub fn own_index(&self) -> Index {
         let mut index = Index::default();
@@ -70,15 +69,19 @@ impl Subscriber {
         index
     }
 
-    pub fn client_ids(&self, found: &[SubscriptionId]) -> Vec<u32> {
-        let mut ids: Vec<u32> =
-            self.bindings.iter().filter(|(id, _)| found.contains(id)).map(|(_, wanted)| wanted.client_id).collect();
-        ids.dedup();
-        ids
+    /// What was found in [`Subscriber::own_index`].
+    pub fn wanting(&self, found: &[(SubscriptionId, Wants)]) -> Vec<Wanting> {
+        let mut by_select: Vec<Wanting> = Vec::new();
+        for (id, wanted) in &self.bindings {
+            if let Some((_, wants)) = found.iter().find(|(found, _)| found == id) {
+                add(&mut by_select, wanted.clone(), *wants);
+            }
+        }
+        by_select
     }
 
-    pub fn offer(&self, place: Place, frame: Bytes) -> bool {
-        self.gate.offer(place, frame)
+    pub fn offer(&self, place: Place, frames: impl IntoIterator<Item = Bytes>) -> bool {
+        self.gate.offer(place, frames)
     }
 }
 
@@ -91,7 +94,7 @@ pub struct Subscriptions {
 #[derive(Default)]
 struct Inner {
     index: Index,
-    by_id: HashMap<SubscriptionId, (Arc<Subscriber>, u32)>,
+    by_id: HashMap<SubscriptionId, (Arc<Subscriber>, Arc<Wanted>)>,
 }
 
 /// Owns a subscription. Dropping it unsubscribes.
@@ -110,36 +113,41 @@ impl Subscriptions {
         outbox: Outbox,
         limit_bytes: usize,
     ) -> SubscriptionHandle {
-        let bindings: Vec<_> =
-            wanted.into_iter().map(|wanted| (SubscriptionId(self.next.fetch_add(1, Ordering::Relaxed)), wanted)).collect();
+        let bindings: Vec<_> = wanted
+            .into_iter()
+            .map(|wanted| (SubscriptionId(self.next.fetch_add(1, Ordering::Relaxed)), Arc::new(wanted)))
+            .collect();
         let subscriber =
             Arc::new(Subscriber { claims: RwLock::new(claims), gate: Gate::holding(outbox, limit_bytes), shape, bindings });
         let mut inner = self.inner.write();
         for (id, wanted) in &subscriber.bindings {
             inner.index.subscribe(*id, wanted.binding.clone());
-            inner.by_id.insert(*id, (subscriber.clone(), wanted.client_id));
+            inner.by_id.insert(*id, (subscriber.clone(), wanted.clone()));
         }
         drop(inner);
         SubscriptionHandle { subscriber, registry: self.clone() }
     }
 
-    /// Each subscriber that wants the change, once, with the ids of its bindings that match.
-    pub fn wanting(&self, change: &Change) -> Vec<(Arc<Subscriber>, Vec<u32>)> {
+    /// Each subscriber that wants the change, or may want it: once for each choice of columns among its bindings.
+    pub fn wanting(&self, change: &Change) -> Vec<(Arc<Subscriber>, Wanting)> {
         let inner = self.inner.read();
         let mut found = Vec::new();
         inner.index.subscriptions(change, &mut found);
         // Ids are given out in order, so a subscriber's bindings stand together.
         found.sort_unstable();
-        let mut wanting: Vec<(Arc<Subscriber>, Vec<u32>)> = Vec::new();
-        for (subscriber, client_id) in found.iter().filter_map(|id| inner.by_id.get(id)) {
-            match wanting.last_mut() {
-                Some((last, ids)) if Arc::ptr_eq(last, subscriber) => {
-                    if !ids.contains(client_id) {
-                        ids.push(*client_id);
-                    }
-                }
-                _ => wanting.push((subscriber.clone(), vec![*client_id])),
+        let mut wanting: Vec<(Arc<Subscriber>, Wanting)> = Vec::new();
+        let mut of_one: Vec<Wanting> = Vec::new();
+        let mut last: Option<&Arc<Subscriber>> = None;
+        for (id, wants) in found {
+            let Some((subscriber, wanted)) = inner.by_id.get(&id) else { continue };
+            if let Some(before) = last.filter(|last| !Arc::ptr_eq(last, subscriber)) {
+                wanting.extend(of_one.drain(..).map(|of_one| (before.clone(), of_one)));
             }
+            last = Some(subscriber);
+            add(&mut of_one, wanted.clone(), wants);
+        }
+        if let Some(last) = last {
+            wanting.extend(of_one.into_iter().map(|of_one| (last.clone(), of_one)));
         }
         wanting
     }
@@ -158,6 +166,18 @@ impl Subscriptions {
     /// Bindings that are live now.
     pub fn count(&self) -> usize {
         self.inner.read().index.len()
+    }
+}
+
+/// Bindings that the client knows by one id say the same: the surer one counts.
+fn add(by_select: &mut Vec<Wanting>, wanted: Arc<Wanted>, wants: Wants) {
+    let same = |wanting: &&mut Wanting| wanting.first().is_some_and(|(other, _)| other.binding.select == wanted.binding.select);
+    match by_select.iter_mut().find(same) {
+        Some(wanting) => match wanting.iter_mut().find(|(other, _)| other.client_id == wanted.client_id) {
+            Some((_, before)) => *before = wants.min(*before),
+            None => wanting.push((wanted, wants)),
+        },
+        None => by_select.push(vec![(wanted, wants)]),
     }
 }
 

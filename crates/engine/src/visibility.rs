@@ -13,14 +13,18 @@ use std::{
 
 use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
-use walcast_auth::{Publications, RowRule, Rules, row_visibility};
-use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, Tag, TagHash};
+use walcast_auth::{
+    Publications, RowRule, Rules,
+    policy::{Answer, Bound, Policy},
+    row_visibility,
+};
+use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, TableName, Tag, TagHash};
 use walcast_pg::PgError;
 
 use crate::{
     Core,
     pipeline::{Remembered, intake::any_change},
-    subscriptions::Subscriber,
+    subscriptions::{Subscriber, Wanting},
 };
 
 /// A change and one subscriber whose bindings match it.
@@ -29,7 +33,7 @@ pub struct Candidate<'a> {
     pub index: u32,
     pub change: &'a Change,
     pub subscriber: Arc<Subscriber>,
-    pub client_ids: Vec<u32>,
+    pub wanting: Wanting,
 }
 
 #[derive(Debug, Clone)]
@@ -39,6 +43,8 @@ pub enum Verdict {
         old: OldView,
     },
     Hide,
+    /// They may see it, and it cannot be shown: upstream's own words why.
+    Error(&'static str),
     /// It cannot be told whether they may see it: they must read again.
     Unsure(&'static str),
 }
@@ -56,44 +62,106 @@ type ByTableAndRole = (TableId, String);
 /// Rules by table and role; retired as the tables are redefined.
 #[derive(Default)]
 pub struct RuleBook {
-    rules: Mutex<HashMap<ByTableAndRole, Option<Arc<Rules>>>>,
+    rules: Mutex<HashMap<ByTableAndRole, Arc<Rules>>>,
+    by_name: Mutex<HashMap<TableName, TableId>>,
+    /// What the claims make of a table's policies, by the claims' fingerprint. None: it cannot be told.
+    bound: Mutex<HashMap<(TableId, u128), Option<Arc<Bound>>>>,
     generation: AtomicU64,
 }
+
+/// Callers whose claims are remembered; beyond, all are asked for anew.
+const BOUND: usize = 200_000;
 
 impl RuleBook {
     pub fn retire(&self, table: TableId) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().retain(|(id, _), _| *id != table);
+        self.by_name.lock().retain(|_, id| *id != table);
+        self.bound.lock().retain(|(id, _), _| *id != table);
     }
 
     pub fn retire_all(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().clear();
+        self.by_name.lock().clear();
+        self.bound.lock().clear();
     }
 
-    async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
-        let key = (table, claims.role().to_owned());
-        if let Some(rules) = self.rules.lock().get(&key) {
-            return Ok(rules.clone());
+    /// Asked of PostgreSQL once for each set of claims.
+    async fn bound(&self, core: &Core, rules: &Rules, policy: &Policy, claims: &Claims) -> Option<Arc<Bound>> {
+        let key = (rules.table, claims.fingerprint());
+        if let Some(bound) = self.bound.lock().get(&key) {
+            return bound.clone();
         }
         let generation = self.generation.load(Ordering::Acquire);
-        let publications = Publications { realtime: &core.config.publication_realtime, cache: &core.config.publication_cache };
-        let rules = Rules::load(&core.pool, table, claims, publications).await?.map(Arc::new);
-        if let Some(Rules { rows: RowRule::Ask(question), name, .. }) = rules.as_deref()
+        let bound = match patiently(|| policy.bind(&core.pool, claims, ASK_TIMEOUT)).await {
+            Ok(bound) => Some(Arc::new(bound)),
+            // What PostgreSQL refuses for these claims it refuses for the row, too, and says so then.
+            Err(error) if !error.is_away() => None,
+            Err(_) => return None,
+        };
+        let mut remembered = self.bound.lock();
+        if self.generation.load(Ordering::Acquire) == generation {
+            if remembered.len() >= BOUND {
+                remembered.clear();
+            }
+            remembered.insert(key, bound.clone());
+        }
+        bound
+    }
+
+    /// By name, for a client that subscribes.
+    pub async fn find(&self, core: &Core, table: &TableName, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
+        let known = self.by_name.lock().get(table).copied();
+        if let Some(id) = known {
+            return self.get(core, id, claims).await;
+        }
+        let generation = self.generation.load(Ordering::Acquire);
+        let Some(rules) = Rules::find(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
+        Ok(Some(self.keep(generation, claims, rules)))
+    }
+
+    pub fn forget(&self, table: &TableName) {
+        let known = self.by_name.lock().remove(table);
+        if let Some(id) = known {
+            self.retire(id);
+        }
+    }
+
+    pub async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
+        let key = (table, claims.role().to_owned());
+        if let Some(rules) = self.rules.lock().get(&key) {
+            return Ok(Some(rules.clone()));
+        }
+        let generation = self.generation.load(Ordering::Acquire);
+        let Some(rules) = Rules::load(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
+        Ok(Some(self.keep(generation, claims, rules)))
+    }
+
+    fn keep(&self, generation: u64, claims: &Claims, rules: Rules) -> Arc<Rules> {
+        if let RowRule::Ask(question) = &rules.rows
             && let Some(unheard) = &question.unheard
         {
             tracing::warn!(
-                table = %name, %unheard,
+                table = %rules.name, %unheard,
                 "a policy reads a table that is not in the cache's publication: subscribers are told to resync instead of hearing \
                  changes; add it with `walcast migrate`"
             );
         }
+        let rules = Arc::new(rules);
         let mut book = self.rules.lock();
         // Retired while we read: what we read serves this batch, which the newer rules judge, but is not kept.
         if self.generation.load(Ordering::Acquire) == generation {
-            book.insert(key, rules.clone());
+            book.insert((rules.table, claims.role().to_owned()), rules.clone());
+            self.by_name.lock().insert(rules.name.clone(), rules.table);
         }
-        Ok(rules)
+        rules
+    }
+}
+
+impl Core {
+    fn publications_of_rules(&self) -> Publications<'_> {
+        Publications { realtime: &self.config.publication_realtime, cache: &self.config.publication_cache }
     }
 }
 
@@ -106,8 +174,8 @@ struct Group<'a> {
 /// Questions that run at once; the pool bounds them anyway.
 const AT_ONCE: usize = 4;
 /// Images in one statement.
-const IMAGES: usize = 1_000;
-const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const IMAGES: usize = 1_000;
+pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// For a database that restarts; who waits longer is told to read again.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -145,24 +213,11 @@ pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
             for at in &group.candidates {
                 let candidate = &candidates[*at];
                 let verdict = by_place.get(&(candidate.commit.commit.lsn, candidate.index)).cloned().unwrap_or(Verdict::Hide);
-                verdicts[*at] = filters_readable(candidate, verdict);
+                verdicts[*at] = verdict;
             }
         }
     }
     verdicts
-}
-
-/// A filter on a column that the role may not read would tell its value by what arrives.
-fn filters_readable(candidate: &Candidate<'_>, verdict: Verdict) -> Verdict {
-    if let Verdict::Show { columns, .. } = &verdict {
-        let readable = |name: &str| {
-            candidate.change.table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false))
-        };
-        if !candidate.subscriber.filter_columns(&candidate.client_ids).all(readable) {
-            return Verdict::Hide;
-        }
-    }
-    verdict
 }
 
 /// One verdict for each of the group's changes.
@@ -200,7 +255,7 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             Verdict::Show { columns, old: OldView::Whole }
         });
     }
-    match &rules.rows {
+    let verdicts = match &rules.rows {
         RowRule::All => verdicts,
         RowRule::Nobody => all(Verdict::Hide),
         // Whether what decides moved since the commit cannot be told: nobody is shown anything.
@@ -208,14 +263,79 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
             all(Verdict::Unsure("a policy reads a table that is not published"))
         }
         RowRule::Ask(question) => {
+            if let Some(policy) = &question.policy
+                && let Some(allowed) = decide_here(core, group, &rules, policy, &mut verdicts).await
+            {
+                conclude(group, &allowed, |_| Doubt::None, &mut verdicts);
+                return unshown(&rules, group, verdicts);
+            }
             if let Err(reason) = ask(core, group, &rules, question, &mut verdicts).await {
                 core.metrics.withheld_errors.increment(group.changes.len() as u64);
                 return all(Verdict::Unsure(reason));
             }
             verdicts
         }
-    }
+    };
+    unshown(&rules, group, verdicts)
 }
+
+/// Only to those who may see the row is it told that it cannot be shown: upstream tells everybody who asked.
+fn unshown(rules: &Rules, group: &Group<'_>, verdicts: Vec<Verdict>) -> Vec<Verdict> {
+    let Some(error) = unshowable(rules) else { return verdicts };
+    let told = |(verdict, (_, _, change)): (Verdict, &(_, _, &Change))| match verdict {
+        Verdict::Show { .. } if change.operation != Operation::Delete => Verdict::Error(error),
+        verdict => verdict,
+    };
+    verdicts.into_iter().zip(&group.changes).map(told).collect()
+}
+
+/// Clients tell rows apart by their key.
+fn unshowable(rules: &Rules) -> Option<&'static str> {
+    let mut keys = rules.columns.iter().filter(|column| column.primary).peekable();
+    if keys.peek().is_none() {
+        return Some("Error 400: Bad Request, no primary key");
+    }
+    keys.any(|key| !key.visible).then_some("Error 401: Unauthorized")
+}
+
+/// Which images of each change may be seen.
+struct Allowed {
+    new: Vec<bool>,
+    old: Vec<bool>,
+}
+
+/// Policies that the row and the claims alone decide. None: PostgreSQL has to be asked after all.
+async fn decide_here(
+    core: &Core,
+    group: &Group<'_>,
+    rules: &Rules,
+    policy: &Policy,
+    verdicts: &mut [Verdict],
+) -> Option<Allowed> {
+    let bound = core.rules.bound(core, rules, policy, &group.claims).await?;
+    let mut allowed = Allowed { new: vec![false; group.changes.len()], old: vec![false; group.changes.len()] };
+    let mut lacking = Vec::new();
+    for (at, (_, _, change)) in group.changes.iter().enumerate() {
+        if !matches!(verdicts[at], Verdict::Show { .. }) {
+            continue;
+        }
+        for (row, allowed) in [(&change.new, &mut allowed.new[at]), (&change.old, &mut allowed.old[at])] {
+            match row.as_ref().map(|row| bound.decide(&change.table, row)) {
+                Some(Answer::Allow) => *allowed = true,
+                Some(Answer::Lacking) if std::ptr::eq(row, &change.new) => lacking.push(at),
+                Some(Answer::Deny | Answer::Lacking) | None => {}
+                Some(Answer::Ask) => return None,
+            }
+        }
+    }
+    for at in lacking {
+        verdicts[at] = Verdict::Unsure(LACKING);
+    }
+    core.metrics.decided.increment(group.changes.len() as u64);
+    Some(allowed)
+}
+
+const LACKING: &str = "a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it";
 
 async fn ask(
     core: &Core,
@@ -232,8 +352,7 @@ async fn ask(
         images.extend(change.new.iter().map(|row| (at, true, &*change.table, row)));
         images.extend(change.old.iter().map(|row| (at, false, &*change.table, row)));
     }
-    let mut new_allowed = vec![false; group.changes.len()];
-    let mut old_allowed = vec![false; group.changes.len()];
+    let mut allowed_images = Allowed { new: vec![false; group.changes.len()], old: vec![false; group.changes.len()] };
     let decides: Vec<TagHash> = question.reads.iter().map(|table| Tag::table(table).hash()).collect();
     for batch in images.chunks(IMAGES) {
         let rows: Vec<_> = batch.iter().map(|(_, _, table, row)| (*table, *row)).collect();
@@ -257,41 +376,45 @@ async fn ask(
                 verdicts[*at] = Verdict::Unsure("authorisation moved");
             }
             if *is_new && !*told {
-                verdicts[*at] =
-                    Verdict::Unsure("a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it");
+                verdicts[*at] = Verdict::Unsure(LACKING);
             }
             if *is_new {
-                new_allowed[*at] = *allowed;
+                allowed_images.new[*at] = *allowed;
             } else {
-                old_allowed[*at] = *allowed;
+                allowed_images.old[*at] = *allowed;
             }
         }
     }
+    // PostgreSQL was asked after the commit. Where the commit itself moved what the policy reads, its answer says
+    // nothing of who could see the old row.
+    conclude(group, &allowed_images, |at| moved_with(question, group.changes[at].0, group.changes[at].2), verdicts);
+    Ok(())
+}
+
+/// From the images that may be seen to what is shown.
+fn conclude(group: &Group<'_>, allowed: &Allowed, doubt: impl Fn(usize) -> Doubt, verdicts: &mut [Verdict]) {
     for (at, (_, _, change)) in group.changes.iter().enumerate() {
-        // PostgreSQL was asked after the commit. Where the commit itself moved what the policy reads, its answer says
-        // nothing of who could see the old row.
-        let doubt = moved_with(question, group.changes[at].0, change);
+        let doubt = doubt(at);
         if change.operation == Operation::Delete && doubt == Doubt::Moved {
             verdicts[at] = Verdict::Unsure("authorisation moved");
         }
         let Verdict::Show { old, .. } = &mut verdicts[at] else { continue };
-        *old = if old_allowed[at] && doubt == Doubt::None {
+        *old = if allowed.old[at] && doubt == Doubt::None {
             OldView::Whole
         } else if same_key(change) {
             OldView::Key
         } else {
             OldView::Nothing
         };
-        let visible = if change.operation == Operation::Delete { old_allowed[at] } else { new_allowed[at] };
+        let visible = if change.operation == Operation::Delete { allowed.old[at] } else { allowed.new[at] };
         if !visible {
             verdicts[at] = Verdict::Hide;
         }
     }
-    Ok(())
 }
 
 /// Asks again while the database is away: a restart in the middle of an announcement is no reason to lose it.
-async fn patiently<T, Fut>(ask: impl Fn() -> Fut) -> Result<T, PgError>
+pub(crate) async fn patiently<T, Fut>(ask: impl Fn() -> Fut) -> Result<T, PgError>
 where
     Fut: Future<Output = Result<T, PgError>>,
 {

@@ -37,15 +37,16 @@ impl Gate {
         Gate { outbox, limit_bytes, state: Mutex::new(State::Holding { frames: Vec::new(), bytes: 0 }) }
     }
 
-    /// False if the connection is closed.
-    pub fn offer(&self, place: Place, frame: Bytes) -> bool {
+    /// All that is said of one place. False if the connection is closed.
+    pub fn offer(&self, place: Place, said: impl IntoIterator<Item = Bytes>) -> bool {
         let mut state = self.state.lock();
+        let mut said = said.into_iter();
         match &mut *state {
-            State::Holding { frames, bytes } => self.hold(frames, bytes, Some(place), frame),
+            State::Holding { frames, bytes } => said.all(|frame| self.hold(frames, bytes, Some(place), frame)),
             // Pushed under the lock: two offers cannot overtake each other.
             State::Open { after } if place > *after => {
                 *after = place;
-                self.outbox.push(frame)
+                said.all(|frame| self.outbox.push(frame))
             }
             State::Open { .. } => true,
         }
@@ -119,11 +120,11 @@ mod tests {
     async fn p2_nothing_is_heard_before_the_answer_and_nothing_twice() {
         let (outbox, mut reader) = outbox(10_000);
         let gate = Gate::holding(outbox, 1_000);
-        gate.offer((Lsn(5), 0), Bytes::from_static(b"replayed already"));
-        gate.offer((Lsn(7), 0), Bytes::from_static(b"seven"));
+        gate.offer((Lsn(5), 0), [Bytes::from_static(b"replayed already")]);
+        gate.offer((Lsn(7), 0), [Bytes::from_static(b"seven")]);
         gate.release((Lsn(6), 3), [Bytes::from_static(b"joined")]);
-        gate.offer((Lsn(6), 2), Bytes::from_static(b"late copy"));
-        gate.offer((Lsn(8), 0), Bytes::from_static(b"eight"));
+        gate.offer((Lsn(6), 2), [Bytes::from_static(b"late copy")]);
+        gate.offer((Lsn(8), 0), [Bytes::from_static(b"eight")]);
         let mut frames = Vec::new();
         reader.take(&mut frames).await.unwrap();
         assert_eq!(frames, ["joined", "seven", "eight"]);
@@ -138,7 +139,7 @@ mod tests {
     async fn p7_a_join_that_never_ends_does_not_grow() {
         let (outbox, mut reader) = outbox(10_000);
         let gate = Gate::holding(outbox, 100);
-        assert!(!(0..20).all(|n| gate.offer((Lsn(n), 0), Bytes::from_static(&[0; 10]))));
+        assert!(!(0..20).all(|n| gate.offer((Lsn(n), 0), [Bytes::from_static(&[0; 10])])));
         assert!(matches!(reader.take(&mut Vec::new()).await, Err(CloseReason::Slow { .. })));
     }
 }

@@ -1,6 +1,11 @@
-//! What a subscription wants to hear: operations, tables, and equality on columns.
+//! What a subscription wants to hear: operations, tables, conditions on columns, and which columns to show.
 
-use walcast_model::{Column, Operation, ValueKind};
+use walcast_model::{Cell, Change, Family, Operation, Row};
+
+use crate::{
+    compare::{Truth, judge},
+    filter::{Condition, FilterError},
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EventMask(u8);
@@ -35,11 +40,13 @@ impl EventMask {
     }
 }
 
-/// `column = value`, the value in PostgreSQL's own text form of the column's type.
+/// A condition, and how its column compares.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Equal {
-    pub column: String,
-    pub value: String,
+pub struct Filter {
+    pub condition: Condition,
+    pub family: Family,
+    /// The type for which this was checked. A column of another type, or one that was never checked, is left to PostgreSQL.
+    pub type_oid: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,142 +57,123 @@ pub struct Binding {
     /// None: every table of the schema.
     pub table: Option<String>,
     /// All must hold.
-    pub filters: Vec<Equal>,
+    pub filters: Vec<Filter>,
+    /// None: every column that the role may read.
+    pub select: Option<Vec<String>>,
+}
+
+/// What a binding says of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Wants {
+    Yes,
+    /// PostgreSQL has to compare.
+    Ask,
+    /// A large value that the change left as it was decides, and the image does not hold it.
+    Unchanged,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BindingError {
-    #[error("Error parsing `filter` params: `{0}` is not column=operator.value")]
-    Form(String),
-    #[error("Error parsing `filter` params: operator `{0}` is not supported; use eq")]
-    Operator(String),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     #[error("No subscription params provided. Please provide at least a `schema` or `table` to subscribe to")]
     Nothing,
+    #[error("Error parsing `select` params: columns can be selected of a named table only, not with a wildcard")]
+    SelectOfWildcard,
 }
 
 impl Binding {
     /// Only `schema`: all its tables. Only `table`: schema `public`. Neither: an error.
-    pub fn parse(event: &str, schema: Option<&str>, table: Option<&str>, filter: Option<&str>) -> Result<Binding, BindingError> {
+    pub fn parse(
+        event: &str,
+        schema: Option<&str>,
+        table: Option<&str>,
+        filter: Option<&str>,
+        select: Option<&[String]>,
+    ) -> Result<Binding, BindingError> {
         let star = |part: Option<&str>| part.filter(|part| *part != "*").map(str::to_owned);
         let (schema, table) = match (schema, table) {
             (None, None) => return Err(BindingError::Nothing),
             (None, Some(table)) => (Some("public".to_owned()), star(Some(table))),
             (schema, table) => (star(schema), star(table)),
         };
-        let filters = filter.map_or(Ok(Vec::new()), parse_filter)?;
-        Ok(Binding { events: EventMask::parse(event), schema, table, filters })
-    }
-}
-
-fn parse_filter(filter: &str) -> Result<Vec<Equal>, BindingError> {
-    if filter.trim().is_empty() {
-        return Ok(Vec::new());
-    }
-    split_conditions(filter).into_iter().map(|condition| parse_condition(&condition)).collect()
-}
-
-/// Commas separate conditions, but not inside quotes or parentheses.
-fn split_conditions(filter: &str) -> Vec<String> {
-    let (mut parts, mut part) = (Vec::new(), String::new());
-    let (mut quoted, mut depth, mut escaped) = (false, 0_u32, false);
-    for c in filter.chars() {
-        match c {
-            _ if escaped => escaped = false,
-            '\\' if quoted => escaped = true,
-            '"' if quoted || part.ends_with(['.', '(', ',']) => quoted = !quoted,
-            '(' if !quoted => depth += 1,
-            ')' if !quoted => depth = depth.saturating_sub(1),
-            ',' if !quoted && depth == 0 => {
-                parts.push(std::mem::take(&mut part));
-                continue;
-            }
-            _ => {}
+        let select = select.filter(|columns| !columns.is_empty()).map(<[String]>::to_vec);
+        if select.is_some() && (schema.is_none() || table.is_none()) {
+            return Err(BindingError::SelectOfWildcard);
         }
-        part.push(c);
+        let conditions = Condition::parse_all(filter.unwrap_or_default())?;
+        let unchecked = |condition| Filter { condition, family: Family::Opaque, type_oid: None };
+        Ok(Binding {
+            events: EventMask::parse(event),
+            schema,
+            table,
+            filters: conditions.into_iter().map(unchecked).collect(),
+            select,
+        })
     }
-    parts.push(part);
-    parts
+
+    /// None: it does not want the change.
+    pub fn wants(&self, change: &Change) -> Option<Wants> {
+        if !self.events.has(change.operation) {
+            return None;
+        }
+        let mut wants = Wants::Yes;
+        for filter in &self.filters {
+            wants = wants.max(filter.holds(change)?);
+        }
+        Some(wants)
+    }
 }
 
-fn parse_condition(condition: &str) -> Result<Equal, BindingError> {
-    let wrong = || BindingError::Form(condition.chars().take(80).collect());
-    let (column, rest) = condition.split_once('=').ok_or_else(wrong)?;
-    let (operator, value) = rest.split_once('.').ok_or_else(wrong)?;
-    let column = column.trim();
-    if column.is_empty() {
-        return Err(wrong());
-    }
-    if operator != "eq" {
-        let shown = if operator == "not" { rest.chars().take(20).collect() } else { operator.chars().take(20).collect() };
-        return Err(BindingError::Operator(shown));
-    }
-    Ok(Equal { column: column.to_owned(), value: unquote(value).ok_or_else(wrong)? })
-}
-
-fn unquote(value: &str) -> Option<String> {
-    let Some(inner) = value.strip_prefix('"') else { return Some(value.to_owned()) };
-    let inner = inner.strip_suffix('"')?;
-    let (mut out, mut escaped) = (String::new(), false);
-    for c in inner.chars() {
-        match c {
-            '\\' if !escaped => escaped = true,
-            c => {
-                escaped = false;
-                out.push(c);
-            }
+impl Filter {
+    fn holds(&self, change: &Change) -> Option<Wants> {
+        let (index, column) = change.table.column(&self.condition.column)?;
+        let cell = filtered_row(change)?.cell(index);
+        let family = if self.type_oid == Some(column.type_oid) { self.family } else { Family::Opaque };
+        match judge(&self.condition, family, cell) {
+            Truth::True => Some(Wants::Yes),
+            Truth::Ask => Some(Wants::Ask),
+            Truth::Unchanged => Some(Wants::Unchanged),
+            // Only what is not part of the key is absent, from the old image of a DELETE: what upstream calls no match.
+            Truth::False | Truth::Null | Truth::Absent => None,
         }
     }
-    Some(out)
 }
 
-/// Can equality of this column be decided on PostgreSQL's text forms?
-pub(crate) fn canonical<'a>(column: &Column, text: &'a str) -> std::borrow::Cow<'a, str> {
-    match (&column.kind, &*column.type_name) {
-        // 1.0 and 1.00 are one number.
-        (ValueKind::Number, "numeric") if text.contains('.') => text.trim_end_matches('0').trim_end_matches('.').into(),
-        (ValueKind::Number, "float4" | "float8") if text == "-0" => "0".into(),
-        // Trailing blanks of char(n) do not count.
-        (_, "bpchar") => text.trim_end_matches(' ').into(),
-        _ => text.into(),
+/// Filters look at the new row, for DELETE at the old one.
+pub(crate) fn filtered_row(change: &Change) -> Option<&Row> {
+    match change.operation {
+        Operation::Insert | Operation::Update => change.new.as_ref(),
+        Operation::Delete => change.old.as_ref(),
+        Operation::Truncate => None,
     }
+}
+
+/// The cell that a filter on the column looks at.
+pub(crate) fn filtered_cell<'a>(change: &'a Change, column: &str) -> Option<(&'a Cell, u32)> {
+    let (index, column) = change.table.column(column)?;
+    Some((filtered_row(change)?.cell(index), column.type_oid))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn filters(text: &str) -> Result<Vec<(String, String)>, BindingError> {
-        let binding = Binding::parse("*", None, Some("t"), Some(text))?;
-        Ok(binding.filters.into_iter().map(|f| (f.column, f.value)).collect())
-    }
-
-    fn pair(column: &str, value: &str) -> (String, String) {
-        (column.into(), value.into())
-    }
-
-    #[test]
-    fn filters_are_split_and_unquoted() {
-        assert_eq!(filters("id=eq.1").unwrap(), [pair("id", "1")]);
-        assert_eq!(filters("a=eq.x.y=z,b=eq.\"q,\\\"r\"").unwrap(), [pair("a", "x.y=z"), pair("b", "q,\"r")]);
-        assert_eq!(filters("a=eq.").unwrap(), [pair("a", "")]);
-        assert_eq!(filters(" ").unwrap(), []);
-    }
-
-    #[test]
-    fn wrong_filters_are_named() {
-        for wrong in ["id", "id=1", "=eq.1", "a=eq.1,,b=eq.2", "a=eq.\"x"] {
-            assert!(matches!(filters(wrong), Err(BindingError::Form(_))), "{wrong}");
-        }
-        assert_eq!(filters("id=gt.1").unwrap_err(), BindingError::Operator("gt".into()));
-        assert_eq!(filters("id=not.eq.1").unwrap_err(), BindingError::Operator("not.eq.1".into()));
-    }
-
     #[test]
     fn schema_and_table_have_defaults_and_stars() {
-        let b = |schema, table| Binding::parse("insert", schema, table, None).map(|b| (b.schema, b.table));
+        let b = |schema, table| Binding::parse("insert", schema, table, None, None).map(|b| (b.schema, b.table));
         assert_eq!(b(None, Some("t")).unwrap(), (Some("public".into()), Some("t".into())));
         assert_eq!(b(Some("public"), None).unwrap(), (Some("public".into()), None));
         assert_eq!(b(Some("*"), Some("*")).unwrap(), (None, None));
         assert_eq!(b(None, None).unwrap_err(), BindingError::Nothing);
+    }
+
+    #[test]
+    fn columns_are_selected_of_a_named_table_only() {
+        let select = ["id".to_owned()];
+        let b = |table, select| Binding::parse("*", Some("public"), table, None, Some(select)).map(|b| b.select);
+        assert_eq!(b(Some("t"), &select).unwrap(), Some(vec!["id".into()]));
+        assert_eq!(b(Some("*"), &select).unwrap_err(), BindingError::SelectOfWildcard);
+        assert_eq!(b(None, &[]).unwrap(), None);
     }
 }

@@ -7,6 +7,7 @@
 mod cache_key;
 mod claims;
 mod commit;
+mod family;
 mod fence;
 mod lsn;
 mod pg_hash;
@@ -21,6 +22,7 @@ mod xid;
 pub use cache_key::{CacheKey, CacheKeyError};
 pub use claims::{Claims, ClaimsError};
 pub use commit::{Cell, Change, Commit, Item, Operation, Row, Scope};
+pub use family::{Collation, Family};
 pub use fence::{Fence, Floor};
 pub use lsn::{Lsn, LsnError};
 pub use position::{Epoch, Position, PositionError};

@@ -11,7 +11,8 @@ use crate::value::{write_columns, write_record};
 pub struct VisibleChange<'a> {
     pub table: &'a Table,
     pub operation: Operation,
-    pub committed_at_us: i64,
+    /// None: the event only says that it cannot be shown.
+    pub committed_at_us: Option<i64>,
     /// Columns that the group's role may read, in the table's order.
     pub columns: &'a [bool],
     pub new: Option<&'a Row>,
@@ -27,9 +28,12 @@ pub fn encode_change(change: &VisibleChange<'_>) -> Bytes {
     put_string(&mut out, change.table.name.schema());
     out.extend_from_slice(b",\"table\":");
     put_string(&mut out, change.table.name.table());
-    out.extend_from_slice(b",\"commit_timestamp\":\"");
-    out.extend_from_slice(timestamp(change.committed_at_us).as_bytes());
-    out.extend_from_slice(b"\",\"type\":\"");
+    out.extend_from_slice(b",\"commit_timestamp\":");
+    match change.committed_at_us {
+        Some(at) => put_string(&mut out, &timestamp(at)),
+        None => out.extend_from_slice(b"null"),
+    }
+    out.extend_from_slice(b",\"type\":\"");
     out.extend_from_slice(change.operation.name().as_bytes());
     out.extend_from_slice(b"\",\"columns\":");
     write_columns(change.table, change.columns, &mut out);

@@ -114,7 +114,10 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
             heartbeat: stream.heartbeat,
             intake_events: stream.intake_events as usize,
         },
-        realtime: RealtimeLimits { outbox_bytes: settings.realtime.outbox_bytes as usize },
+        realtime: RealtimeLimits {
+            outbox_bytes: settings.realtime.outbox_bytes as usize,
+            change_bytes: settings.realtime.change_bytes as usize,
+        },
         auth: AuthConfig { jwt_secret: secret.expose().to_owned(), allowed_roles: settings.auth.allowed_roles.clone() },
         cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),

@@ -14,6 +14,7 @@ use walcast_protocol::{
 
 use crate::{
     Core,
+    filters::settle_doubts,
     pipeline::{Announcement, InFlight, Remembered},
     readback::{ReadBack, read_back},
     subscriptions::{Shape, Subscriber},
@@ -71,9 +72,15 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
                             if candidates.len() >= CANDIDATES {
                                 deliver(core, std::mem::take(&mut candidates)).await;
                             }
-                            candidates.extend(core.subscriptions.wanting(change).into_iter().map(|(subscriber, client_ids)| {
-                                Candidate { commit, index: *index, change, subscriber, client_ids }
-                            }));
+                            candidates.extend(
+                                core.subscriptions.wanting(change).into_iter().map(|(subscriber, wanting)| Candidate {
+                                    commit,
+                                    index: *index,
+                                    change,
+                                    subscriber,
+                                    wanting,
+                                }),
+                            );
                         }
                         Item::Redefined(table) => core.rules.retire(table.id),
                         Item::Message { .. } => {}
@@ -90,21 +97,25 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
 }
 
 async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
-    for (subscriber, place, frame) in frames(core, candidates).await {
-        if !subscriber.is_expired() && subscriber.offer(place, frame) {
-            core.metrics.delivered.increment(1);
+    let frames = frames(core, candidates).await;
+    // Bindings that show other columns of one change stand together: a place is offered once.
+    for same in frames.chunk_by(|(a, at, _), (b, next, _)| Arc::ptr_eq(a, b) && at == next) {
+        let (subscriber, place, _) = &same[0];
+        if !subscriber.is_expired() && subscriber.offer(*place, same.iter().map(|(.., frame)| frame.clone())) {
+            core.metrics.delivered.increment(same.len() as u64);
         }
     }
 }
 
 /// What each candidate is to be sent, in order; those who may not see get nothing.
-pub(crate) async fn frames(core: &Core, candidates: Vec<Candidate<'_>>) -> Vec<(Arc<Subscriber>, (Lsn, u32), Bytes)> {
+pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> Vec<(Arc<Subscriber>, (Lsn, u32), Bytes)> {
     if candidates.is_empty() {
         return Vec::new();
     }
-    let verdicts = decide(core, &candidates).await;
+    let mut verdicts = decide(core, &candidates).await;
+    settle_doubts(core, &mut candidates, &mut verdicts).await;
     let read_back = read_back(core, &candidates, &verdicts).await;
-    let mut encoder = Encoder { epoch: core.progress.epoch(), read_back, data: HashMap::new(), frames: HashMap::new() };
+    let mut encoder = Encoder::new(core, read_back);
     let mut out = Vec::with_capacity(candidates.len());
     let mut told: HashMap<*const Subscriber, &'static str> = HashMap::new();
     for (candidate, verdict) in candidates.into_iter().zip(verdicts) {
@@ -114,7 +125,11 @@ pub(crate) async fn frames(core: &Core, candidates: Vec<Candidate<'_>>) -> Vec<(
                 core.metrics.hidden.increment(1);
                 continue;
             }
-            Verdict::Show { columns, old } => encoder.frame(&candidate, &columns, old),
+            Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
+            Verdict::Error(error) => {
+                core.metrics.withheld_error(error);
+                encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
+            }
             // Once per batch and subscriber: the first tells all.
             Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.subscriber), reason).is_none() => {
                 core.metrics.resyncs.increment(1);
@@ -150,28 +165,39 @@ pub(crate) fn resync_frame(shape: &Shape, position: &Position, reason: &str) -> 
     }
 }
 
-/// A change, the columns that are seen of it, and what of its old image.
-type Sight = (Lsn, u32, Arc<[bool]>, OldView);
+/// The columns that are seen of a change, what of its old image, and why it is not shown.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Sight {
+    columns: Arc<[bool]>,
+    old: OldView,
+    error: Option<&'static str>,
+}
 
 /// Encodes a change once for everybody who sees the same of it, and a frame once for everybody who gets the same.
-struct Encoder {
+struct Encoder<'a> {
+    core: &'a Core,
     epoch: walcast_model::Epoch,
     read_back: ReadBack,
-    data: HashMap<Sight, Bytes>,
+    data: HashMap<((Lsn, u32), Sight), Bytes>,
     frames: HashMap<(*const u8, Shape, Vec<u32>), Bytes>,
 }
 
-impl Encoder {
-    fn frame(&mut self, candidate: &Candidate<'_>, columns: &Arc<[bool]>, old: OldView) -> Bytes {
+impl Encoder<'_> {
+    fn new(core: &Core, read_back: ReadBack) -> Encoder<'_> {
+        Encoder { core, epoch: core.progress.epoch(), read_back, data: HashMap::new(), frames: HashMap::new() }
+    }
+
+    fn frame(&mut self, candidate: &Candidate<'_>, sight: Sight) -> Bytes {
         let place = (candidate.commit.commit.lsn, candidate.index);
         let change = self.read_back.get(&place).unwrap_or(candidate.change);
         let committed_at_us = candidate.commit.commit.committed_at_us;
-        let encoded = || encode(change, committed_at_us, columns, old);
-        let data = self.data.entry((place.0, place.1, columns.clone(), old)).or_insert_with(encoded).clone();
+        let sight = selected(candidate, sight);
+        let encoded = || encode(self.core, change, committed_at_us, &sight);
+        let data = self.data.entry((place, sight.clone())).or_insert_with(encoded).clone();
         let position = Position { epoch: self.epoch, lsn: place.0, index: place.1 };
-        let ids = match candidate.subscriber.shape {
+        let ids: Vec<u32> = match candidate.subscriber.shape {
             Shape::Sse => Vec::new(),
-            Shape::Realtime { .. } => candidate.client_ids.clone(),
+            Shape::Realtime { .. } => candidate.wanting.iter().map(|(wanted, _)| wanted.client_id).collect(),
         };
         let shape = candidate.subscriber.shape.clone();
         let frame = || match &candidate.subscriber.shape {
@@ -193,26 +219,52 @@ impl Encoder {
     }
 }
 
-fn encode(change: &Change, committed_at_us: i64, columns: &[bool], old: OldView) -> Bytes {
-    let key_only = match (old, &change.old) {
+/// Only the columns that were asked for; all bindings of a candidate ask for the same.
+fn selected(candidate: &Candidate<'_>, sight: Sight) -> Sight {
+    let select = candidate.wanting.first().and_then(|(wanted, _)| wanted.binding.select.as_deref());
+    let Some(select) = select else { return sight };
+    let columns = candidate.change.table.columns.iter().zip(sight.columns.iter());
+    let columns = columns.map(|(column, visible)| *visible && select.iter().any(|name| **name == *column.name)).collect();
+    Sight { columns, ..sight }
+}
+
+/// Values up to this size stay in a change that is too large to be shown whole.
+const SMALL_BYTES: usize = 64;
+
+fn encode(core: &Core, change: &Change, committed_at_us: i64, sight: &Sight) -> Bytes {
+    let key_only = match (sight.old, &change.old) {
         (OldView::Key, Some(row)) => {
             let cells = change.table.columns.iter().enumerate();
             Some(Row(cells.map(|(index, column)| if column.key { row.cell(index).clone() } else { Cell::Absent }).collect()))
         }
         _ => None,
     };
-    let old = match old {
+    let old = match sight.old {
         OldView::Whole => change.old.as_ref(),
         OldView::Key => key_only.as_ref(),
         OldView::Nothing => None,
     };
-    encode_change(&VisibleChange {
-        table: &change.table,
-        operation: change.operation,
-        committed_at_us,
-        columns,
-        new: change.new.as_ref(),
-        old,
-        errors: None,
-    })
+    let visible = |new, old, errors| {
+        encode_change(&VisibleChange {
+            table: &change.table,
+            operation: change.operation,
+            committed_at_us: (sight.error.is_none()).then_some(committed_at_us),
+            columns: &sight.columns,
+            new,
+            old,
+            errors,
+        })
+    };
+    let whole = visible(change.new.as_ref(), old, sight.error);
+    if whole.len() <= core.config.realtime.change_bytes {
+        return whole;
+    }
+    const ERROR: &str = "Error 413: Payload Too Large";
+    core.metrics.withheld_error(ERROR);
+    let small = |row: &Row| {
+        let fits = |cell: &Cell| !matches!(cell, Cell::Value(bytes) if bytes.len() > SMALL_BYTES);
+        Row(row.0.iter().map(|cell| if fits(cell) { cell.clone() } else { Cell::Absent }).collect())
+    };
+    let (new, old) = (change.new.as_ref().map(small), old.map(small));
+    visible(new.as_ref(), old.as_ref(), Some(ERROR))
 }

@@ -108,7 +108,7 @@ pub async fn until(expires_at: u64) {
 }
 
 fn parse(uri: &Uri) -> Result<Asked, Refusal> {
-    let mut asked = Asked { event: "*".into(), schema: None, table: None, filter: None, client_id: 1 };
+    let mut asked = Asked { event: "*".into(), schema: None, table: None, filter: None, select: None, client_id: 1 };
     for (name, value) in query_pairs(uri) {
         match name.as_str() {
             "table" | "schema" if value.is_empty() => return Err(no_table()),
@@ -119,6 +119,7 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
             "schema" => asked.schema = Some(value),
             "event" => asked.event = event(value)?,
             "filter" => asked.filter = Some(value),
+            "select" => asked.select = Some(value.split(',').map(|column| column.trim().to_owned()).collect()),
             "apikey" | "last_event_id" => {}
             other => {
                 return Err(Refusal::new(
@@ -126,7 +127,7 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
                     "unknown_parameter",
                     format!("there is no parameter `{other}`"),
                 )
-                .hint("use table, schema, event, filter"));
+                .hint("use table, schema, event, filter, select"));
             }
         }
     }

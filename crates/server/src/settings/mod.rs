@@ -113,6 +113,7 @@ pub struct StreamSettings {
 #[derive(Debug, Clone)]
 pub struct RealtimeSettings {
     pub outbox_bytes: u64,
+    pub change_bytes: u64,
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
 }
@@ -180,6 +181,7 @@ impl Settings {
             },
             realtime: RealtimeSettings {
                 outbox_bytes: from.number("realtime.outbox_bytes"),
+                change_bytes: from.number("realtime.change_bytes"),
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
             },

@@ -174,6 +174,13 @@ pub const SETTINGS: &[Setting] = &[
         "8192",
         "Messages between the decoder and the pipeline; when full the decoder waits",
     ),
+    setting(
+        "realtime.change_bytes",
+        BYTES,
+        "1MiB",
+        "1MiB",
+        "A change whose JSON is larger is told with error 413, its values above 64 bytes left out",
+    ),
     setting("realtime.outbox_bytes", BYTES, "4MiB", "4MiB", "Unsent bytes of one client; when full it is closed and may resume"),
     setting("realtime.max_topics_per_connection", COUNT, "100", "100", "Topics that one connection may join"),
     setting("realtime.max_frame_bytes", BYTES, "5000000", "5MB", "Largest frame that a client may send"),

@@ -134,6 +134,7 @@ impl Socket {
             schema: binding.schema.clone(),
             table: binding.table.clone(),
             filter: binding.filter.clone(),
+            select: binding.select.clone(),
             client_id: binding.id(),
         });
         let shape = Shape::Realtime { vsn: self.vsn, topic: channel.topic.clone(), positions: channel.join.tracks_position };

@@ -1,0 +1,185 @@
+//! What a binding's filters mean, where PostgreSQL has to say it: when a client subscribes, and for a change in doubt.
+//!
+//! Called by a join, and by the announcer for those who may see a change. Whatever cannot be told is said, never guessed.
+
+use std::{collections::HashMap, sync::Arc};
+
+use walcast_auth::{Question, Rules, binding_check, row_visibility};
+use walcast_matcher::{Binding, Comparison, Condition, Filter, Is, Pattern, Test, Wants};
+use walcast_model::{Claims, Family, Row, Table, TableId};
+use walcast_pg::{quote_ident, quote_literal};
+
+use crate::{
+    Core,
+    subscribe::SubscribeError,
+    subscriptions::Wanted,
+    visibility::{ASK_TIMEOUT, Candidate, IMAGES, Verdict, patiently},
+};
+
+/// Casts the values of checked filters, says how their columns compare, and has PostgreSQL try what it alone can tell.
+pub async fn prepare(core: &Core, claims: &Claims, rules: &Rules, binding: &mut Binding) -> Result<(), SubscribeError> {
+    for filter in &mut binding.filters {
+        let Some(column) = rules.column(&filter.condition.column) else { continue };
+        filter.family = column.family;
+        filter.type_oid = Some(column.type_oid);
+        let values = filter.condition.values_mut();
+        if !values.is_empty() {
+            let cast = binding_check::cast(&core.pool, claims, column, values).await?;
+            values.iter_mut().zip(cast).for_each(|(value, cast)| *value = cast);
+        }
+        if let Some((expression, value)) = probe(filter, &column.sql_type) {
+            binding_check::probe(&core.pool, claims, &column.name, &expression, &[value]).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What PostgreSQL must know of: the operator for the type, the pattern. None where nothing can be wrong.
+fn probe(filter: &Filter, sql_type: &str) -> Option<(String, String)> {
+    let null = format!("null::{sql_type}");
+    match (&filter.condition.test, filter.family) {
+        (Test::Pattern(Pattern::Like | Pattern::Ilike, _), Family::Text(_)) => None,
+        (Test::Pattern(pattern @ (Pattern::Like | Pattern::Ilike), value), _) => {
+            Some((format!("{null} {} ($1::text[])[1]", pattern.sql()), value.clone()))
+        }
+        // A strict operator is not tried on null: the pattern is tried on a text, too.
+        (Test::Pattern(pattern, value), _) => {
+            let sql = pattern.sql();
+            Some((format!("{null} {sql} ($1::text[])[1], '' {sql} ($1::text[])[1]"), value.clone()))
+        }
+        (Test::Is(Is::Null), _) | (Test::Is(_), Family::Bool) => None,
+        (Test::Is(is), _) => Some((format!("{null} {}", is.sql()), String::new())),
+        (Test::Compare(comparison, value), Family::Opaque | Family::Label) => {
+            Some((format!("{null} {} ($1::text[])[1]::{sql_type}", comparison.sql()), value.clone()))
+        }
+        (Test::In(values), Family::Opaque) => {
+            Some((format!("{null} = ($1::text[])[1]::{sql_type}"), values.first().cloned().unwrap_or_default()))
+        }
+        (Test::Compare(..) | Test::In(_), _) => None,
+    }
+}
+
+/// The filters over a row's columns. `rules` gives the types; without, a value takes its column's.
+pub fn expression(filters: &[Filter], rules: Option<&Rules>) -> String {
+    let parts: Vec<String> = filters.iter().map(|filter| condition(&filter.condition, rules)).collect();
+    parts.join(" and ")
+}
+
+fn condition(condition: &Condition, rules: Option<&Rules>) -> String {
+    let column = quote_ident(&condition.column);
+    let sql_type = rules.and_then(|rules| rules.column(&condition.column)).map(|column| column.sql_type.as_str());
+    let value = |value: &str| match sql_type {
+        Some(sql_type) => format!("cast({} as {sql_type})", quote_literal(value)),
+        None => quote_literal(value),
+    };
+    let test = match &condition.test {
+        Test::Compare(comparison @ Comparison::Distinct, wanted) => format!("({column} {} {})", comparison.sql(), value(wanted)),
+        Test::Compare(comparison, wanted) => format!("{column} {} {}", comparison.sql(), value(wanted)),
+        Test::In(wanted) => {
+            let wanted: Vec<String> = wanted.iter().map(|wanted| value(wanted)).collect();
+            format!("{column} in ({})", wanted.join(", "))
+        }
+        Test::Pattern(pattern, wanted) => format!("{column} {} {}", pattern.sql(), quote_literal(wanted)),
+        Test::Is(is) => format!("({column} {})", is.sql()),
+    };
+    if condition.negated { format!("(not ({test}))") } else { format!("({test})") }
+}
+
+/// Same table, same role, same expression: one statement for all the rows.
+type Asked = (TableId, String, Arc<str>);
+
+/// Leaves each candidate with the bindings that really want the change. A binding whose filter reads a column that the role
+/// may not read would tell its value by what arrives: it hears nothing.
+pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdicts: &mut [Verdict]) {
+    let mut asked: HashMap<Asked, (Arc<Wanted>, Vec<usize>)> = HashMap::new();
+    for (at, (candidate, verdict)) in candidates.iter_mut().zip(verdicts.iter_mut()).enumerate() {
+        let Verdict::Show { columns, .. } = verdict else { continue };
+        let table = &candidate.change.table;
+        let readable = |name: &str| table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false));
+        candidate.wanting.retain(|(wanted, _)| wanted.binding.filters.iter().all(|f| readable(&f.condition.column)));
+        if candidate.wanting.is_empty() {
+            *verdict = Verdict::Hide;
+        } else if candidate.wanting.iter().any(|(_, wants)| *wants == Wants::Unchanged) {
+            *verdict = Verdict::Unsure("a value that the filter needs is not in the stream: REPLICA IDENTITY FULL sends it");
+        } else if candidate.wanting.iter().any(|(_, wants)| *wants == Wants::Ask) {
+            let role = candidate.subscriber.claims().role().to_owned();
+            for (wanted, _) in candidate.wanting.iter().filter(|(_, wants)| *wants == Wants::Ask) {
+                let key = (table.id, role.clone(), wanted.expression.clone());
+                asked.entry(key).or_insert_with(|| (wanted.clone(), Vec::new())).1.push(at);
+            }
+        }
+    }
+    let mut answers: HashMap<(usize, Arc<str>), Option<bool>> = HashMap::new();
+    for ((_, role, expression), (wanted, of)) in asked {
+        for batch in of.chunks(IMAGES) {
+            let told = ask(core, &wanted, batch, candidates).await;
+            if told.is_none() {
+                core.metrics.withheld_errors.increment(batch.len() as u64);
+                tracing::warn!(%role, %expression, "a filter cannot be asked: withheld");
+            }
+            let told = told.map_or_else(|| vec![None; batch.len()], |told| told.into_iter().map(Some).collect());
+            answers.extend(batch.iter().zip(told).map(|(at, told)| ((*at, expression.clone()), told)));
+        }
+    }
+    if answers.is_empty() {
+        return;
+    }
+    for (at, (candidate, verdict)) in candidates.iter_mut().zip(verdicts).enumerate() {
+        let mut failed = false;
+        candidate.wanting.retain(|(wanted, wants)| {
+            if *wants != Wants::Ask {
+                return true;
+            }
+            match answers.get(&(at, wanted.expression.clone())) {
+                Some(Some(true)) => true,
+                Some(None) => {
+                    failed = true;
+                    false
+                }
+                Some(Some(false)) | None => false,
+            }
+        });
+        if !matches!(verdict, Verdict::Show { .. }) {
+            continue;
+        }
+        if failed {
+            *verdict = Verdict::Unsure("the filter could not be evaluated");
+        } else if candidate.wanting.is_empty() {
+            *verdict = Verdict::Hide;
+        }
+    }
+}
+
+/// None: no answer.
+async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate<'_>]) -> Option<Vec<bool>> {
+    let first = &candidates[*of.first()?];
+    let claims = first.subscriber.claims();
+    let rules = core.rules.get(core, first.change.table.id, &claims).await.ok()??;
+    let needs = wanted.binding.filters.iter().map(|filter| filter.condition.column.clone()).collect();
+    let question = Question {
+        expression: wanted.expression.to_string(),
+        needs,
+        reads: Vec::new(),
+        reads_anything: false,
+        unheard: None,
+        policy: None,
+    };
+    let images: Vec<(&Table, &Row)> = of
+        .iter()
+        .filter_map(|at| {
+            let change = candidates[*at].change;
+            Some((&*change.table, change.new.as_ref().or(change.old.as_ref())?))
+        })
+        .collect();
+    let nonce = core.next_nonce();
+    let asked = patiently(|| row_visibility::ask(&core.pool, &rules, &question, &claims, &images, nonce, ASK_TIMEOUT)).await;
+    core.metrics.asked.increment(images.len() as u64);
+    match asked {
+        Ok(answer) if answer.allowed.len() == of.len() => Some(answer.allowed),
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!(table = %rules.name, %error, "asking for a filter");
+            None
+        }
+    }
+}
