@@ -82,9 +82,10 @@ returning hash"
     )
 }
 
-/// Answers which were written, and how many were left.
-static UPSERT: LazyLock<String> =
-    LazyLock::new(|| format!("with {VALUES}, written as ({}) select array(select hash from written), 0::bigint", upsert("v")));
+/// Answers which were written, and which were left.
+static UPSERT: LazyLock<String> = LazyLock::new(|| {
+    format!("with {VALUES}, written as ({}) select array(select hash from written), '{{}}'::bytea[]", upsert("v"))
+});
 
 /// The same past rows that somebody's transaction holds: one that is there, by its lock; one that is only being made by
 /// `walcast.cache_set`, which nobody sees yet, by the advisory lock that it takes first.
@@ -100,7 +101,7 @@ free as materialized (
   select v.* from v join nobodys using (hash)
   where hash in (select hash from ours) or not exists (select from walcast.cache_entries c where c.hash = v.hash)),
 written as ({})
-select array(select hash from written), (select count(*) from v) - (select count(*) from free)",
+select array(select hash from written), array(select hash from v where hash not in (select hash from free))",
         upsert("free")
     )
 });
@@ -118,10 +119,10 @@ pub(crate) async fn run(table: Arc<Table>, mut jobs: mpsc::Receiver<Job>) {
             first => {
                 let (batch, other) = gather(&table, first, &mut jobs);
                 let rows = batch.len() as u64;
-                if let Ok(written) = table.guarded(table.upsert(&batch), rows).await {
-                    table.stats.l2_written.add(written.len() as u64);
+                if let Ok(outcome) = table.guarded(table.upsert(&batch), rows).await {
+                    table.stats.l2_written.add(outcome.written.len() as u64);
                     table.note_written(&batch);
-                    tell(batch, &written);
+                    tell(batch, &outcome);
                 }
                 next = other;
             }
@@ -195,8 +196,7 @@ impl Table {
         Err(error)
     }
 
-    /// The hashes of the rows that gave way, or were not there.
-    async fn upsert(&self, batch: &[Job]) -> Result<HashSet<Vec<u8>>, PgError> {
+    async fn upsert(&self, batch: &[Job]) -> Result<Outcome, PgError> {
         let rows = newest_of_each_key(batch);
         let digests: Vec<[u8; 16]> = rows.iter().map(|row| row.key.digest()).collect();
         let tags: Vec<String> = rows.iter().map(|row| joined_tags(row.entry)).collect();
@@ -238,10 +238,14 @@ impl Table {
             }
             answer => answer?,
         };
-        let Some(row) = answer.first() else { return Ok(HashSet::new()) };
-        self.stats.l2_dropped.add(row.get::<_, i64>(1) as u64);
-        let written: Vec<Vec<u8>> = row.try_get(0).map_err(PgError::when(DOING))?;
-        Ok(written.into_iter().collect())
+        let hashes = |column: usize| -> Result<HashSet<Vec<u8>>, PgError> {
+            let hashes: Option<Vec<Vec<u8>>> =
+                answer.first().map(|row| row.try_get(column)).transpose().map_err(PgError::when(DOING))?;
+            Ok(hashes.unwrap_or_default().into_iter().collect())
+        };
+        let (written, held) = (hashes(0)?, hashes(1)?);
+        self.stats.l2_dropped.add(held.len() as u64);
+        Ok(Outcome { written, held })
     }
 
     /// Values may come faster than upkeep looks: it is called when much was written.
@@ -275,12 +279,26 @@ fn newest_of_each_key(batch: &[Job]) -> Vec<Write<'_>> {
     newest.into_values().collect()
 }
 
+/// What became of the keys of a batch, by their hashes. What is in neither met a row that was read later.
+struct Outcome {
+    /// The row gave way, or was not there.
+    written: HashSet<Vec<u8>>,
+    /// Somebody's open transaction holds the row.
+    held: HashSet<Vec<u8>>,
+}
+
 /// Those of a batch that failed are told by its end: their senders go with it.
-fn tell(batch: Vec<Job>, written: &HashSet<Vec<u8>>) {
+fn tell(batch: Vec<Job>, outcome: &Outcome) {
     for job in batch {
         if let Job::Write { key, told: Some(told), .. } = job {
-            let is_written = written.contains(&key.digest()[..]);
-            let _ = told.send(if is_written { Confirmation::Written } else { Confirmation::Older });
+            let digest = key.digest();
+            let _ = told.send(if outcome.written.contains(&digest[..]) {
+                Confirmation::Written
+            } else if outcome.held.contains(&digest[..]) {
+                Confirmation::None
+            } else {
+                Confirmation::Older
+            });
         }
     }
 }
