@@ -3,7 +3,7 @@
 //! Loaded as the role, kept by the engine until the table is redefined or the catalog moves. Everything that cannot be
 //! looked into makes the rule stricter, never wider.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio_postgres::{Row, types::Type};
 use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
@@ -66,7 +66,7 @@ pub struct Question {
     /// A table that decides and whose changes are not streamed: nobody can tell whether it moved since a commit.
     pub unheard: Option<TableName>,
     /// The same, to be decided without asking, where that is proven to come to the same.
-    pub policy: Option<Policy>,
+    pub policy: Option<Arc<Policy>>,
 }
 
 const DOING: &str = "reading the rules of a table";
@@ -262,7 +262,7 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
             question.expression = parts.join(" and ");
             if question.reads.is_empty() && !question.reads_anything && question.unheard.is_none() {
                 let restrictive: Vec<String> = policies.restrictive.iter().chain(&filter).cloned().collect();
-                question.policy = Policy::compile(&policies.permissive, &restrictive, &columns);
+                question.policy = Policy::compile(&policies.permissive, &restrictive, &columns).map(Arc::new);
             }
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
@@ -319,54 +319,47 @@ async fn policies(
     Ok((!policies.permissive.is_empty()).then_some(policies))
 }
 
-/// Does a function's body read nothing but the settings of the transaction? Any word that might mean more says no.
+/// Does a function's body read nothing but the settings of the request? Only what is known to do no more is let through.
 fn reads_only_claims(body: &str) -> bool {
-    const CALLED: [&str; 3] = ["coalesce", "nullif", "current_setting"];
-    const FORBIDDEN: [&str; 14] = [
-        "from",
-        "join",
-        "table",
-        "perform",
-        "execute",
-        "into",
-        "with",
-        "current_timestamp",
-        "current_date",
-        "current_time",
-        "localtime",
-        "localtimestamp",
-        "now",
-        "today",
+    const WORDS: [&str; 13] = [
+        "select",
+        "return",
+        "begin",
+        "end",
+        "coalesce",
+        "nullif",
+        "current_setting",
+        "true",
+        "null",
+        "text",
+        "uuid",
+        "json",
+        "jsonb",
     ];
-    let body = body.to_ascii_lowercase();
-    let mut word = String::new();
-    for c in body.chars().chain([' ']) {
-        match c {
-            'a'..='z' | '0'..='9' | '_' | '.' | '"' | '$' => word.push(c),
-            // `name (` is a call, too.
-            c if c.is_whitespace() && !word.is_empty() => {
-                if FORBIDDEN.contains(&word.as_str()) {
+    let mut rest = body;
+    while let Some(c) = rest.chars().next() {
+        let length = match c {
+            'a'..='z' | 'A'..='Z' | '_' => {
+                let length = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
+                if !WORDS.contains(&rest[..length].to_ascii_lowercase().as_str()) {
                     return false;
                 }
-                word.push(' ');
+                length
             }
-            '(' => {
-                let called = word.trim_end();
-                let name = called.rsplit(' ').next().unwrap_or_default();
-                if !name.is_empty() && !CALLED.contains(&name) && name != "select" && name != "return" {
-                    return false;
-                }
-                word.clear();
-            }
-            _ => {
-                if word.split(' ').any(|word| FORBIDDEN.contains(&word)) {
-                    return false;
-                }
-                word.clear();
-            }
-        }
+            '\'' => match rest[1..].find('\'') {
+                Some(end) if !rest[..end + 1].contains('\\') => end + 2,
+                _ => return false,
+            },
+            '(' | ')' | ',' | ';' => 1,
+            c if c.is_ascii_whitespace() => 1,
+            _ => match ["->>", "->", "::"].into_iter().find(|operator| rest.starts_with(operator)) {
+                Some(operator) => operator.len(),
+                None => return false,
+            },
+        };
+        rest = &rest[length..];
     }
-    !word.split(' ').any(|word| FORBIDDEN.contains(&word))
+    true
 }
 
 async fn reads(
@@ -491,4 +484,46 @@ pub async fn rules_fingerprint(client: &tokio_postgres::Client) -> Result<String
 /// `"schema"."table"`, for the questions that are asked of it.
 pub(crate) fn qualified(name: &TableName) -> String {
     format!("{}.{}", quote_ident(name.schema()), quote_ident(name.table()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::reads_only_claims;
+
+    #[test]
+    fn the_platforms_functions_read_only_claims() {
+        for body in [
+            "select coalesce(nullif(current_setting('request.jwt.claim.sub', true), ''), (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'))::uuid",
+            "\n  select \n    coalesce(\n        nullif(current_setting('request.jwt.claim', true), ''),\n        nullif(current_setting('request.jwt.claims', true), '')\n    )::jsonb\n",
+            "begin return nullif(current_setting('request.jwt.claim.role', true), '')::text; end;",
+        ] {
+            assert!(reads_only_claims(body), "{body}");
+        }
+        assert!(walcast_functions().all(reads_only_claims));
+    }
+
+    /// The bodies of those that `migrate` makes.
+    fn walcast_functions() -> impl Iterator<Item = &'static str> {
+        let bodies = include_str!("../sql/0002_functions.sql").split("$$").skip(1).step_by(2);
+        bodies.inspect(|body| assert!(body.contains("current_setting")))
+    }
+
+    #[test]
+    fn p3_whatever_may_read_more_is_not_let_through() {
+        for body in [
+            "select who from members limit 1",
+            "select public.pr\u{fc}f\u{e9}()",
+            "select who/**/()",
+            "select (null::public.members).lookup",
+            "select\"who\"from\"members\"",
+            "select 1 @@@ 1",
+            "select 'tomorrow'::timestamptz",
+            "select current_setting('x') || now()",
+            "select current_user",
+            "select $1",
+            "select 'it''s' -- from",
+        ] {
+            assert!(!reads_only_claims(body), "{body}");
+        }
+    }
 }

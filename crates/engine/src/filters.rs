@@ -4,6 +4,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use futures_util::future::join_all;
 use walcast_auth::{Question, Rules, binding_check, row_visibility};
 use walcast_matcher::{Binding, Comparison, Condition, Filter, Is, Pattern, Test, Wants};
 use walcast_model::{Claims, Family, Row, Table, TableId};
@@ -13,7 +14,7 @@ use crate::{
     Core,
     subscribe::SubscribeError,
     subscriptions::Wanted,
-    visibility::{ASK_TIMEOUT, Candidate, IMAGES, Verdict, patiently},
+    visibility::{ASK_TIMEOUT, AT_ONCE, Candidate, IMAGES, Verdict, patiently},
 };
 
 /// Casts the values of checked filters, says how their columns compare, and has PostgreSQL try what it alone can tell.
@@ -93,7 +94,7 @@ type Asked = (TableId, String, Arc<str>);
 pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdicts: &mut [Verdict]) {
     let mut asked: HashMap<Asked, (Arc<Wanted>, Vec<usize>)> = HashMap::new();
     for (at, (candidate, verdict)) in candidates.iter_mut().zip(verdicts.iter_mut()).enumerate() {
-        let Verdict::Show { columns, .. } = verdict else { continue };
+        let (Verdict::Show { columns, .. } | Verdict::Error { columns, .. }) = verdict else { continue };
         let table = &candidate.change.table;
         let readable = |name: &str| table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false));
         candidate.wanting.retain(|(wanted, _)| wanted.binding.filters.iter().all(|f| readable(&f.condition.column)));
@@ -110,15 +111,23 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
         }
     }
     let mut answers: HashMap<(usize, Arc<str>), Option<bool>> = HashMap::new();
-    for ((_, role, expression), (wanted, of)) in asked {
-        for batch in of.chunks(IMAGES) {
-            let told = ask(core, &wanted, batch, candidates).await;
+    let mut batches: Vec<(Asked, Arc<Wanted>, Vec<usize>)> = Vec::new();
+    for (key, (wanted, of)) in asked {
+        batches.extend(of.chunks(IMAGES).map(|of| (key.clone(), wanted.clone(), of.to_vec())));
+    }
+    // The announcer waits for this: what is not answered in time is told as such.
+    let deadline = tokio::time::Instant::now() + ASK_TIMEOUT * 2;
+    for side_by_side in batches.chunks(AT_ONCE) {
+        let asking =
+            side_by_side.iter().map(|(_, wanted, of)| tokio::time::timeout_at(deadline, ask(core, wanted, of, candidates)));
+        for (((_, role, expression), _, of), told) in side_by_side.iter().zip(join_all(asking).await) {
+            let told = told.ok().flatten();
             if told.is_none() {
-                core.metrics.withheld_errors.increment(batch.len() as u64);
+                core.metrics.withheld_errors.increment(of.len() as u64);
                 tracing::warn!(%role, %expression, "a filter cannot be asked: withheld");
             }
-            let told = told.map_or_else(|| vec![None; batch.len()], |told| told.into_iter().map(Some).collect());
-            answers.extend(batch.iter().zip(told).map(|(at, told)| ((*at, expression.clone()), told)));
+            let told = told.map_or_else(|| vec![None; of.len()], |told| told.into_iter().map(Some).collect());
+            answers.extend(of.iter().zip(told).map(|(at, told)| ((*at, expression.clone()), told)));
         }
     }
     if answers.is_empty() {
@@ -139,7 +148,7 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
                 Some(Some(false)) | None => false,
             }
         });
-        if !matches!(verdict, Verdict::Show { .. }) {
+        if !matches!(verdict, Verdict::Show { .. } | Verdict::Error { .. }) {
             continue;
         }
         if failed {

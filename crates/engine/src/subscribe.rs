@@ -50,8 +50,13 @@ pub enum Opening {
     Resync(&'static str),
 }
 
+/// Of one topic.
+const MAX_BINDINGS: usize = 100;
+
 #[derive(Debug, thiserror::Error)]
 pub enum SubscribeError {
+    #[error("a topic has at most {MAX_BINDINGS} `postgres_changes` bindings, these are {0}: spread them over several topics")]
+    TooMany(usize),
     #[error(transparent)]
     Binding(#[from] BindingError),
     #[error(transparent)]
@@ -103,6 +108,9 @@ impl Opened {
 impl Engine {
     pub async fn subscribe(&self, request: SubscribeRequest) -> Result<Opened, SubscribeError> {
         let core = &*self.core;
+        if request.asked.len() > MAX_BINDINGS {
+            return Err(SubscribeError::TooMany(request.asked.len()));
+        }
         let mut wanted = Vec::with_capacity(request.asked.len());
         for asked in &request.asked {
             wanted.push(check(core, &request.claims, asked).await?);

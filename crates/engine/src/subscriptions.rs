@@ -113,10 +113,9 @@ impl Subscriptions {
         outbox: Outbox,
         limit_bytes: usize,
     ) -> SubscriptionHandle {
-        let bindings: Vec<_> = wanted
-            .into_iter()
-            .map(|wanted| (SubscriptionId(self.next.fetch_add(1, Ordering::Relaxed)), Arc::new(wanted)))
-            .collect();
+        // In one piece: a subscriber's bindings stand together, also where many join at once.
+        let first = self.next.fetch_add(wanted.len() as u64, Ordering::Relaxed);
+        let bindings: Vec<_> = (first..).map(SubscriptionId).zip(wanted.into_iter().map(Arc::new)).collect();
         let subscriber =
             Arc::new(Subscriber { claims: RwLock::new(claims), gate: Gate::holding(outbox, limit_bytes), shape, bindings });
         let mut inner = self.inner.write();

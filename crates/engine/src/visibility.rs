@@ -15,7 +15,7 @@ use futures_util::{FutureExt, future::join_all};
 use parking_lot::Mutex;
 use walcast_auth::{
     Publications, RowRule, Rules,
-    policy::{Answer, Bound, Policy},
+    policy::{Answer, Policy},
     row_visibility,
 };
 use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope, TableId, TableName, Tag, TagHash};
@@ -44,7 +44,10 @@ pub enum Verdict {
     },
     Hide,
     /// They may see it, and it cannot be shown: upstream's own words why.
-    Error(&'static str),
+    Error {
+        columns: Arc<[bool]>,
+        error: &'static str,
+    },
     /// It cannot be told whether they may see it: they must read again.
     Unsure(&'static str),
 }
@@ -64,50 +67,20 @@ type ByTableAndRole = (TableId, String);
 pub struct RuleBook {
     rules: Mutex<HashMap<ByTableAndRole, Arc<Rules>>>,
     by_name: Mutex<HashMap<TableName, TableId>>,
-    /// What the claims make of a table's policies, by the claims' fingerprint. None: it cannot be told.
-    bound: Mutex<HashMap<(TableId, u128), Option<Arc<Bound>>>>,
     generation: AtomicU64,
 }
-
-/// Callers whose claims are remembered; beyond, all are asked for anew.
-const BOUND: usize = 200_000;
 
 impl RuleBook {
     pub fn retire(&self, table: TableId) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().retain(|(id, _), _| *id != table);
         self.by_name.lock().retain(|_, id| *id != table);
-        self.bound.lock().retain(|(id, _), _| *id != table);
     }
 
     pub fn retire_all(&self) {
         self.generation.fetch_add(1, Ordering::AcqRel);
         self.rules.lock().clear();
         self.by_name.lock().clear();
-        self.bound.lock().clear();
-    }
-
-    /// Asked of PostgreSQL once for each set of claims.
-    async fn bound(&self, core: &Core, rules: &Rules, policy: &Policy, claims: &Claims) -> Option<Arc<Bound>> {
-        let key = (rules.table, claims.fingerprint());
-        if let Some(bound) = self.bound.lock().get(&key) {
-            return bound.clone();
-        }
-        let generation = self.generation.load(Ordering::Acquire);
-        let bound = match patiently(|| policy.bind(&core.pool, claims, ASK_TIMEOUT)).await {
-            Ok(bound) => Some(Arc::new(bound)),
-            // What PostgreSQL refuses for these claims it refuses for the row, too, and says so then.
-            Err(error) if !error.is_away() => None,
-            Err(_) => return None,
-        };
-        let mut remembered = self.bound.lock();
-        if self.generation.load(Ordering::Acquire) == generation {
-            if remembered.len() >= BOUND {
-                remembered.clear();
-            }
-            remembered.insert(key, bound.clone());
-        }
-        bound
     }
 
     /// By name, for a client that subscribes.
@@ -172,7 +145,7 @@ struct Group<'a> {
 }
 
 /// Questions that run at once; the pool bounds them anyway.
-const AT_ONCE: usize = 4;
+pub(crate) const AT_ONCE: usize = 4;
 /// Images in one statement.
 pub(crate) const IMAGES: usize = 1_000;
 pub(crate) const ASK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -184,7 +157,7 @@ pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
     let mut groups: HashMap<(TableId, u128), Group<'_>> = HashMap::new();
     for (at, candidate) in candidates.iter().enumerate() {
         let claims = candidate.subscriber.claims();
-        let key = (candidate.change.table.id, claims.fingerprint());
+        let key = (candidate.change.table.id, claims.exact());
         let group = groups.entry(key).or_insert_with(|| Group { claims, changes: Vec::new(), candidates: Vec::new() });
         let place = (candidate.commit.commit.lsn, candidate.index);
         if group.changes.last().is_none_or(|(commit, index, _)| (commit.commit.lsn, *index) != place) {
@@ -264,7 +237,7 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
         }
         RowRule::Ask(question) => {
             if let Some(policy) = &question.policy
-                && let Some(allowed) = decide_here(core, group, &rules, policy, &mut verdicts).await
+                && let Some(allowed) = decide_here(core, group, policy, &mut verdicts).await
             {
                 conclude(group, &allowed, |_| Doubt::None, &mut verdicts);
                 return unshown(&rules, group, verdicts);
@@ -283,7 +256,7 @@ async fn judge(core: &Core, group: &Group<'_>) -> Vec<Verdict> {
 fn unshown(rules: &Rules, group: &Group<'_>, verdicts: Vec<Verdict>) -> Vec<Verdict> {
     let Some(error) = unshowable(rules) else { return verdicts };
     let told = |(verdict, (_, _, change)): (Verdict, &(_, _, &Change))| match verdict {
-        Verdict::Show { .. } if change.operation != Operation::Delete => Verdict::Error(error),
+        Verdict::Show { columns, .. } if change.operation != Operation::Delete => Verdict::Error { columns, error },
         verdict => verdict,
     };
     verdicts.into_iter().zip(&group.changes).map(told).collect()
@@ -305,14 +278,8 @@ struct Allowed {
 }
 
 /// Policies that the row and the claims alone decide. None: PostgreSQL has to be asked after all.
-async fn decide_here(
-    core: &Core,
-    group: &Group<'_>,
-    rules: &Rules,
-    policy: &Policy,
-    verdicts: &mut [Verdict],
-) -> Option<Allowed> {
-    let bound = core.rules.bound(core, rules, policy, &group.claims).await?;
+async fn decide_here(core: &Core, group: &Group<'_>, policy: &Policy, verdicts: &mut [Verdict]) -> Option<Allowed> {
+    let bound = patiently(|| policy.bound(&core.pool, &group.claims, ASK_TIMEOUT)).await.ok()??;
     let mut allowed = Allowed { new: vec![false; group.changes.len()], old: vec![false; group.changes.len()] };
     let mut lacking = Vec::new();
     for (at, (_, _, change)) in group.changes.iter().enumerate() {

@@ -241,9 +241,8 @@ mod tests {
         check(EN, Some("É"), "ilike.é", Truth::Ask);
         check(TR, Some("I"), "ilike.i", Truth::Ask);
         check(EN, Some("x"), "match.^x", Truth::Ask);
-        check(EN, Some("x"), "like.x\\", Truth::Ask);
         // Would take for ever if every run were tried again.
-        check(EN, Some(&"a".repeat(2_000)), &format!("like.{}b", "%a".repeat(500)), Truth::False);
+        check(EN, Some(&"a".repeat(2_000)), &format!("like.{}b", "%a".repeat(400)), Truth::False);
     }
 
     #[test]

@@ -53,8 +53,19 @@ pub enum Is {
     Unknown,
 }
 
+/// A pattern is tried on every row: a longer one is refused.
+pub const MAX_PATTERN_CHARS: usize = 1_000;
+/// Of a whole filter.
+pub const MAX_FILTER_BYTES: usize = 32 * 1024;
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FilterError {
+    #[error("Error parsing `filter` params: it has {0} bytes, at most {MAX_FILTER_BYTES} are read")]
+    Long(usize),
+    #[error("Error parsing `filter` params: a pattern has at most {MAX_PATTERN_CHARS} characters, this has {0}")]
+    LongPattern(usize),
+    #[error("Error parsing `filter` params: the pattern `{0}` ends in a lone `\\`, which escapes nothing")]
+    LoneEscape(String),
     #[error("Error parsing `filter` params: `{0}` is not column=operator.value")]
     Form(String),
     #[error(
@@ -112,6 +123,9 @@ impl Condition {
         if filter.trim().is_empty() {
             return Ok(Vec::new());
         }
+        if filter.len() > MAX_FILTER_BYTES {
+            return Err(FilterError::Long(filter.len()));
+        }
         split(filter).into_iter().map(Condition::parse).collect()
     }
 
@@ -137,10 +151,10 @@ impl Condition {
             "gte" => Test::Compare(Comparison::GreaterOrEqual, one(value)?),
             "isdistinct" => Test::Compare(Comparison::Distinct, one(value)?),
             "in" => Test::In(list(value)?),
-            "like" => Test::Pattern(Pattern::Like, one(value)?),
-            "ilike" => Test::Pattern(Pattern::Ilike, one(value)?),
-            "match" => Test::Pattern(Pattern::Match, one(value)?),
-            "imatch" => Test::Pattern(Pattern::Imatch, one(value)?),
+            "like" => Test::Pattern(Pattern::Like, like(one(value)?)?),
+            "ilike" => Test::Pattern(Pattern::Ilike, like(one(value)?)?),
+            "match" => Test::Pattern(Pattern::Match, pattern(one(value)?)?),
+            "imatch" => Test::Pattern(Pattern::Imatch, pattern(one(value)?)?),
             "is" => Test::Is(match value.to_ascii_lowercase().as_str() {
                 "null" => Is::Null,
                 "true" => Is::True,
@@ -216,6 +230,18 @@ impl fmt::Display for Quoted<'_> {
 
 fn short(text: &str) -> String {
     text.chars().take(80).collect()
+}
+
+fn pattern(text: String) -> Result<String, FilterError> {
+    match text.chars().count() {
+        0..=MAX_PATTERN_CHARS => Ok(text),
+        length => Err(FilterError::LongPattern(length)),
+    }
+}
+
+fn like(text: String) -> Result<String, FilterError> {
+    let escapes = text.bytes().rev().take_while(|b| *b == b'\\').count();
+    if escapes % 2 == 1 { Err(FilterError::LoneEscape(short(&text))) } else { pattern(text) }
 }
 
 /// Commas separate, but not inside quotes or parentheses. A quote opens only where a value begins.
@@ -333,6 +359,9 @@ mod tests {
         assert_eq!(error("id=not.not.eq.1"), FilterError::Operator("not".into()));
         assert_eq!(error("id=in.1"), FilterError::List("1".into()));
         assert_eq!(error("id=in.()"), FilterError::List("()".into()));
+        assert_eq!(error("id=like.x\\"), FilterError::LoneEscape("x\\".into()));
+        assert_eq!(error(&format!("id=match.{}", "x".repeat(1_001))), FilterError::LongPattern(1_001));
+        assert!(matches!(error(&"x".repeat(40_000)), FilterError::Long(40_000)));
         assert_eq!(error("id=is.maybe"), FilterError::Word("maybe".into()));
         assert_eq!(error(&format!("id=in.({})", vec!["1"; 101].join(","))), FilterError::LongList(101));
     }

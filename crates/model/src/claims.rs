@@ -17,6 +17,7 @@ struct Inner {
     map: Map<String, Value>,
     expires_at: u64,
     fingerprint: u128,
+    exact: u128,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,7 +47,13 @@ impl Claims {
         }
         let fingerprint = short_digest(&text);
         let json = Value::Object(map.clone()).to_string();
-        Ok(Claims(Arc::new(Inner { role, json, map, expires_at, fingerprint })))
+        let exact = short_digest(&json);
+        Ok(Claims(Arc::new(Inner { role, json, map, expires_at, fingerprint, exact })))
+    }
+
+    /// Equal for equal claims, the token's own times and id among them: what a policy reads is not known beforehand.
+    pub fn exact(&self) -> u128 {
+        self.0.exact
     }
 
     pub fn role(&self) -> &str {

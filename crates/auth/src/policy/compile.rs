@@ -33,6 +33,8 @@ const PURE: [&str; 14] = [
 /// Functions of the platform that do the same; whoever compiles has looked into them.
 pub const CLAIMS: [(&str, &str); 4] = [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email")];
 
+const LONGEST: usize = 4_000;
+
 pub struct Compiler<'a> {
     columns: &'a [ColumnRule],
     pub asked: Vec<Asked>,
@@ -44,6 +46,10 @@ impl<'a> Compiler<'a> {
     }
 
     pub fn expression(&mut self, text: &str) -> Option<Node> {
+        // A list of thousands of conditions is a tree as deep: whoever wrote it must not end the process.
+        if text.len() > LONGEST {
+            return None;
+        }
         let mut parser = Parser::new(&PostgreSqlDialect {}).with_recursion_limit(60).try_with_sql(text).ok()?;
         let expr = parser.parse_expr().ok()?;
         // Something behind it: the text was not understood as a whole.
@@ -124,7 +130,10 @@ impl<'a> Compiler<'a> {
     }
 
     fn column(&self, name: &Ident) -> Option<&'a ColumnRule> {
-        // PostgreSQL quotes what is not plain lower case.
+        // PostgreSQL quotes what is not plain lower case: without quotes that is a keyword, as CURRENT_ROLE is.
+        if name.quote_style.is_none() && name.value.bytes().any(|b| b.is_ascii_uppercase()) {
+            return None;
+        }
         self.columns.iter().find(|column| column.name == name.value && !column.is_domain)
     }
 
@@ -165,16 +174,12 @@ fn is_callers(expr: &Expr) -> bool {
         Expr::Cast { kind: CastKind::DoubleColon | CastKind::Cast, expr, data_type, format: None, .. } => {
             is_plain(data_type) && is_callers(expr)
         }
-        Expr::Value(value) => {
-            matches!(
-                value.value,
-                Value::Number(..)
-                    | Value::SingleQuotedString(_)
-                    | Value::EscapedStringLiteral(_)
-                    | Value::Boolean(_)
-                    | Value::Null
-            )
-        }
+        Expr::Value(value) => match &value.value {
+            Value::Number(..) | Value::Boolean(_) | Value::Null => true,
+            // The question prints it again, which is certain only where nothing in it has to be doubled.
+            Value::SingleQuotedString(text) => !text.contains(['\'', '\\']),
+            _ => false,
+        },
         Expr::Array(array) => array.elem.iter().all(is_callers),
         Expr::BinaryOp { left, op, right } => {
             let known = matches!(
@@ -224,7 +229,23 @@ fn is_callers_function(function: &Function) -> bool {
         [schema, name] => CLAIMS.contains(&(*schema, *name)),
         _ => false,
     };
-    known && plain && arguments.is_some_and(|arguments| arguments.into_iter().all(is_callers))
+    let Some(arguments) = arguments else { return false };
+    // Other settings may differ between the transaction that asks this and the one that would evaluate the policy.
+    if name.last().is_some_and(|name| name.eq_ignore_ascii_case("current_setting"))
+        && !arguments.first().is_some_and(|name| is_request(name))
+    {
+        return false;
+    }
+    known && plain && arguments.into_iter().all(is_callers)
+}
+
+/// `'request.jwt.…'`: what every question carries.
+fn is_request(name: &Expr) -> bool {
+    match name {
+        Expr::Nested(inner) | Expr::Cast { expr: inner, .. } => is_request(inner),
+        Expr::Value(value) => matches!(&value.value, Value::SingleQuotedString(text) if text.starts_with("request.jwt.")),
+        _ => false,
+    }
 }
 
 /// Types whose input reads no clock, no setting and no catalog.

@@ -7,18 +7,35 @@
 mod compile;
 mod decide;
 
+use std::{sync::Arc, time::Duration};
+
+use quick_cache::{Weighter, sync::Cache};
 use walcast_model::Claims;
-use walcast_pg::{Envelope, PgError, Pool, quote_literal};
+use walcast_pg::{Envelope, PgError, Pool};
 
 pub use decide::Answer;
 
 use crate::rules::ColumnRule;
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Policy {
-    root: Node,
+    root: Arc<Node>,
     /// SQL that reads nothing but the caller's claims.
     asked: Vec<Asked>,
+    /// By the exact claims; it goes with the rules that it was asked for. None: PostgreSQL refuses these claims.
+    remembered: Cache<u128, Option<Arc<Bound>>, Weight>,
+}
+
+/// What the remembered callers of one policy take.
+const REMEMBERED_BYTES: u64 = 8 << 20;
+
+#[derive(Debug, Clone)]
+struct Weight;
+
+impl Weighter<u128, Option<Arc<Bound>>> for Weight {
+    fn weight(&self, _: &u128, bound: &Option<Arc<Bound>>) -> u64 {
+        100 + bound.as_ref().map_or(0, |bound| bound.size_bytes())
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +87,7 @@ enum Operand {
 /// A policy with everything that one caller's claims say of it.
 #[derive(Debug, Clone)]
 pub struct Bound {
-    root: Node,
+    root: Arc<Node>,
     values: Vec<Given>,
 }
 
@@ -99,11 +116,27 @@ impl Policy {
         for text in restrictive {
             all.push(holds(compiler.expression(text)?));
         }
-        Some(Policy { root: Node::And(all), asked: compiler.asked })
+        let remembered = Cache::with_weighter(1_000, REMEMBERED_BYTES, Weight);
+        Some(Policy { root: Arc::new(Node::And(all)), asked: compiler.asked, remembered })
+    }
+
+    /// What these claims make of the policy, asked for once. None: PostgreSQL refuses to evaluate it for them.
+    pub async fn bound(&self, pool: &Pool, claims: &Claims, timeout: Duration) -> Result<Option<Arc<Bound>>, PgError> {
+        if let Some(bound) = self.remembered.get(&claims.exact()) {
+            return Ok(bound);
+        }
+        let bound = match self.bind(pool, claims, timeout).await {
+            Ok(bound) => Some(Arc::new(bound)),
+            // A value that cannot be cast, a name that is not there: it will be so next time.
+            Err(error) if error.sqlstate().is_some_and(|code| code.starts_with("22") || code.starts_with("42")) => None,
+            Err(error) => return Err(error),
+        };
+        self.remembered.insert(claims.exact(), bound.clone());
+        Ok(bound)
     }
 
     /// Asks PostgreSQL, as the caller, for everything that the claims alone decide.
-    pub async fn bind(&self, pool: &Pool, claims: &Claims, timeout: std::time::Duration) -> Result<Bound, PgError> {
+    pub async fn bind(&self, pool: &Pool, claims: &Claims, timeout: Duration) -> Result<Bound, PgError> {
         if self.asked.is_empty() {
             return Ok(Bound { root: self.root.clone(), values: Vec::new() });
         }
@@ -135,20 +168,9 @@ impl Asked {
 }
 
 impl Bound {
-    /// Equal for callers whose claims make the same of the policy: they see the same rows.
-    pub fn fingerprint(&self) -> String {
-        let parts: Vec<String> = self
-            .values
-            .iter()
-            .map(|given| match &given.values {
-                None => "null".to_owned(),
-                Some(values) => {
-                    let values: Vec<String> =
-                        values.iter().map(|value| value.as_deref().map_or("null".to_owned(), quote_literal)).collect();
-                    format!("{}[{}]", given.type_name, values.join(","))
-                }
-            })
-            .collect();
-        parts.join(";")
+    fn size_bytes(&self) -> u64 {
+        let of =
+            |given: &Given| given.values.iter().flatten().map(|value| 40 + value.as_ref().map_or(0, String::len)).sum::<usize>();
+        self.values.iter().map(|given| 80 + of(given) as u64).sum()
     }
 }

@@ -126,7 +126,7 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
                 continue;
             }
             Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
-            Verdict::Error(error) => {
+            Verdict::Error { error, .. } => {
                 core.metrics.withheld_error(error);
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
