@@ -17,9 +17,9 @@ pub enum BindingRefused {
     /// Upstream's own words: clients match on them.
     #[error(
         "Unable to subscribe to changes with given parameters. Please check Realtime is enabled for the given connect parameters: \
-         [event: {event}, schema: {schema}, table: {table}, filters: {filters}, select: {select}]; {why}"
+         [{given}]; {why}"
     )]
-    Unable { event: String, schema: String, table: String, filters: String, select: String, why: String },
+    Unable { given: String, why: String },
     #[error("Error parsing `filter` params: {0}")]
     Filter(String),
     #[error("Error parsing `select` params: {0}")]
@@ -44,13 +44,12 @@ pub fn check<'r>(
     publication: &str,
     wanted: &Wanted<'_>,
 ) -> Result<Vec<&'r ColumnRule>, BindingRefused> {
-    let unable = |why: String| BindingRefused::Unable {
-        event: wanted.event.to_owned(),
-        schema: wanted.table.schema().to_owned(),
-        table: wanted.table.table().to_owned(),
-        filters: format!("{:?}", wanted.filters.iter().map(|(_, shown)| shown).collect::<Vec<_>>()),
-        select: wanted.select.map_or("nil".to_owned(), |columns| format!("{columns:?}")),
-        why,
+    let unable = |why: String| {
+        let (event, schema, table) = (wanted.event, wanted.table.schema(), wanted.table.table());
+        let filters: Vec<_> = wanted.filters.iter().map(|(_, shown)| shown).collect();
+        let select = wanted.select.map_or("nil".to_owned(), |columns| format!("{columns:?}"));
+        let given = format!("event: {event}, schema: {schema}, table: {table}, filters: {filters:?}, select: {select}");
+        BindingRefused::Unable { given, why }
     };
     let Some(rules) = rules else { return Err(unable("there is no such table".into())) };
     if let Some(root) = &rules.partition_of {

@@ -5,7 +5,7 @@
 //! When the list is full, its oldest member becomes its namespace's tag in the clock: more falls, never less.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,7 +13,7 @@ use std::{
 };
 
 use parking_lot::RwLock;
-use walcast_model::{Fence, Lsn, Stamp, TagClock, TagHash, Xid};
+use walcast_model::{Fence, Lsn, Stamp, TagClock, Xid};
 
 use crate::{Entry, Selection};
 
@@ -45,8 +45,6 @@ pub struct Kept {
 #[derive(Debug)]
 pub struct Keeping {
     pub kept: Vec<Kept>,
-    /// Raised with stamps that are older than the last checkpoint, which a checkpoint would not look for.
-    pub widened: Vec<TagHash>,
     version: u64,
 }
 
@@ -62,7 +60,6 @@ struct List {
     /// The longest unheard of first.
     members: VecDeque<Member>,
     weight: usize,
-    widened: HashMap<TagHash, u64>,
     version: u64,
     saved: Option<u64>,
 }
@@ -164,12 +161,11 @@ impl Selections {
             let one = |stamp| Kept { selection: member.selection.clone(), stamp, since_ms: member.since_ms };
             member.all_stamps().map(one)
         });
-        Some(Keeping { kept: kept.collect(), widened: list.widened.keys().copied().collect(), version: list.version })
+        Some(Keeping { kept: kept.collect(), version: list.version })
     }
 
     pub(crate) fn saved(&self, keeping: &Keeping) {
         let mut list = self.list.write();
-        list.widened.retain(|_, version| *version > keeping.version);
         list.saved = Some(keeping.version);
     }
 
@@ -202,7 +198,6 @@ impl List {
                 _ => clock.raise(tag.hash(), stamp),
             }
         }
-        self.widened.insert(tag.hash(), self.version);
     }
 }
 

@@ -198,7 +198,7 @@ pub(crate) fn beside(keeping: Option<&Keeping>) -> Beside {
         heard_at_ms: kept.since_ms,
         content: serde_json::to_string(&selected(&kept.selection)).unwrap_or_else(|_| "null".to_owned()),
     });
-    Beside { selections: Some(images.collect()), raised_late: keeping.widened.clone() }
+    Beside { selections: Some(images.collect()) }
 }
 
 /// Hears what hands wrote, in the order of the stream. Anyone may emit a message: past a rate nobody is listened to in

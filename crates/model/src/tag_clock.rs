@@ -6,9 +6,12 @@
 //!
 //! The rule: a value read at fence (S, W) holds while every commit on its tags is at or below W or visible in S.
 
-use std::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering, fence},
+    },
 };
 
 use crate::{Fence, Floor, Lsn, Snapshot, TagHash, Xid};
@@ -73,6 +76,17 @@ pub struct TagClock {
     recent: Box<[Mutex<Recent>]>,
     floor: AtomicU64,
     sequence: Sequence,
+    /// What the newest checkpoint covers, or the one that is being written.
+    covered: AtomicU64,
+    late: Mutex<Late>,
+}
+
+/// Slots that were raised with stamps which a checkpoint covers already: it would not look for them again.
+#[derive(Debug, Default)]
+struct Late {
+    raised: BTreeSet<usize>,
+    /// In the checkpoint that is being written.
+    taken: BTreeSet<usize>,
 }
 
 /// On a cache line of its own: every raise writes it, every read of the cache looks at it.
@@ -90,6 +104,8 @@ impl TagClock {
             recent: (0..slots.max(1)).map(|_| Mutex::default()).collect(),
             floor: AtomicU64::new(floor.0),
             sequence: Sequence(AtomicU64::new(1)),
+            covered: AtomicU64::new(0),
+            late: Mutex::default(),
         }
     }
 
@@ -132,7 +148,17 @@ impl TagClock {
         recent.raise(stamp);
         self.newest[slot].fetch_max(stamp.lsn.0, Ordering::AcqRel);
         drop(recent);
+        self.note_if_late(slot, stamp.lsn);
         self.touch();
+    }
+
+    /// Raises by hand, of tables in doubt and of rules bear the place where the stream stood: a checkpoint may be past it.
+    fn note_if_late(&self, slot: usize, lsn: Lsn) {
+        // The slot is written first. So either the checkpoint that covers `lsn` reads it, or this reads what it covers.
+        fence(Ordering::SeqCst);
+        if lsn.0 <= self.covered.load(Ordering::SeqCst) {
+            self.late().raised.insert(slot);
+        }
     }
 
     /// Commits up to `lsn` raised it that nobody tells apart any more, so everybody counts as having heard of them.
@@ -142,6 +168,7 @@ impl TagClock {
         recent.dropped = recent.dropped.max(lsn);
         self.newest[slot].fetch_max(lsn.0, Ordering::AcqRel);
         drop(recent);
+        self.note_if_late(slot, lsn);
         self.touch();
     }
 
@@ -187,6 +214,36 @@ impl TagClock {
             (newest != 0 && newest >= after.0).then(|| self.image_of(slot))
         };
         self.newest.iter().enumerate().filter_map(raised).collect()
+    }
+
+    /// What a checkpoint up to `up_to` has to hold beside the one up to `after`. It is asked for again until
+    /// [`TagClock::note_saved`] says that it was written.
+    pub fn to_save(&self, after: Lsn, up_to: Lsn) -> Vec<SlotImage> {
+        self.note_covered(up_to);
+        fence(Ordering::SeqCst);
+        let mut late = self.late();
+        let Late { raised, taken } = &mut *late;
+        taken.append(raised);
+        let late = std::mem::take(&mut *taken);
+        let mut images = self.changed_since(after);
+        let known: BTreeSet<u32> = images.iter().map(|image| image.index).collect();
+        images.extend(late.iter().filter(|slot| !known.contains(&(**slot as u32))).map(|slot| self.image_of(*slot)));
+        *taken = late;
+        images
+    }
+
+    /// The images of the last [`TagClock::to_save`] were written.
+    pub fn note_saved(&self) {
+        self.late().taken.clear();
+    }
+
+    /// A checkpoint up to here was loaded.
+    pub fn note_covered(&self, up_to: Lsn) {
+        self.covered.fetch_max(up_to.0, Ordering::SeqCst);
+    }
+
+    fn late(&self) -> MutexGuard<'_, Late> {
+        self.late.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The tag's slot, whenever it was raised.
@@ -301,6 +358,31 @@ mod tests {
         assert_eq!(clock.changed_since(Lsn(300)).len(), 1, "a commit that begins where the checkpoint ended");
         assert_eq!(clock.changed_since(Lsn(301)).len(), 0);
         assert!(!restored.load(&SlotImage { index: 5000, dropped: Lsn(0), stamps: vec![] }));
+    }
+
+    #[test]
+    fn p4_what_is_raised_behind_a_checkpoint_is_in_the_next_one() {
+        let clock = TagClock::new(1024, Floor(1));
+        clock.raise(hash(1), stamp(100, 50));
+        assert_eq!(clock.to_save(Lsn(0), Lsn(200)).len(), 1);
+        clock.note_saved();
+        clock.raise(hash(2), Stamp::unseen(Lsn(101)));
+        let control = clock.changed_since(Lsn(200));
+        assert!(control.is_empty(), "by its stamp it does not look changed");
+        let late = clock.to_save(Lsn(200), Lsn(300));
+        assert_eq!(late, [clock.image(hash(2))]);
+        // It was not written after all; and again it comes late while it is.
+        clock.raise(hash(2), Stamp::unseen(Lsn(102)));
+        assert_eq!(clock.to_save(Lsn(200), Lsn(300)), [clock.image(hash(2))]);
+        clock.raise(hash(2), Stamp::unseen(Lsn(103)));
+        clock.note_saved();
+        assert_eq!(clock.to_save(Lsn(300), Lsn(300)), [clock.image(hash(2))]);
+        clock.note_saved();
+        assert!(clock.to_save(Lsn(300), Lsn(300)).is_empty());
+        let restarted = TagClock::new(1024, Floor(1));
+        restarted.note_covered(Lsn(300));
+        restarted.raise(hash(3), Stamp::unseen(Lsn(250)));
+        assert_eq!(restarted.to_save(Lsn(300), Lsn(400)).len(), 1);
     }
 
     #[test]

@@ -69,6 +69,7 @@ pub async fn attach(client: &mut Client, facts: &Attaching<'_>, clock: &TagClock
         transaction.batch_execute(sql).await.map_err(PgError::when(WRITING))?;
     } else if facts.running.is_none() {
         load(&transaction, clock).await?;
+        clock.note_covered(standing.covered);
     }
     let (epoch, floor, timeline) = (standing.epoch.to_string(), standing.floor.0 as i64, facts.identity.timeline);
     let system = facts.identity.system_identifier.as_str();
@@ -165,8 +166,6 @@ pub struct SelectionImage {
 pub struct Beside {
     /// None: as it was saved last.
     pub selections: Option<Vec<SelectionImage>>,
-    /// Tags raised with stamps older than the last checkpoint: their slots do not look changed.
-    pub raised_late: Vec<TagHash>,
 }
 
 /// What stood beside the clock at the last checkpoint. Read it once the clock has been loaded.
@@ -195,12 +194,7 @@ pub async fn save(
     up_to: Lsn,
     settled: Lsn,
 ) -> Result<Standing, PgError> {
-    let mut images = clock.changed_since(standing.covered);
-    for late in beside.raised_late.iter().map(|tag| clock.image(*tag)) {
-        if images.iter().all(|image| image.index != late.index) {
-            images.push(late);
-        }
-    }
+    let images = clock.to_save(standing.covered, up_to);
     let transaction = client.transaction().await.map_err(PgError::when(WRITING))?;
     transaction.batch_execute("set local synchronous_commit = off").await.map_err(PgError::when(WRITING))?;
     for batch in images.chunks(BATCH) {
@@ -220,6 +214,7 @@ pub async fn save(
     let covered = Standing { covered: up_to, ..standing.clone() };
     write_sentinel(&transaction, &covered, clock, rules, settled).await?;
     transaction.commit().await.map_err(PgError::when(WRITING))?;
+    clock.note_saved();
     Ok(covered)
 }
 
