@@ -57,8 +57,8 @@ begin
 end
 $$;
 
--- A namespace that is kept per security context has no key that SQL could name, and values from elsewhere live in the
--- memory of Walcast alone, which SQL cannot ask.
+-- A namespace that is kept per security context has no key that SQL could name. Values from elsewhere SQL neither reads nor
+-- writes: the memory of Walcast holds them as well, and nothing would tell it that SQL put another value there.
 create or replace function walcast.cache_check_shared(namespace text) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -70,7 +70,7 @@ begin
       using errcode = 'feature_not_supported', hint = 'use walcast.cached(), which keeps security contexts apart, or /cache/v1';
   end if;
   if named.external then
-    raise exception 'cache namespace "%" has source = "external": its values are kept in the memory of Walcast alone', $1
+    raise exception 'cache namespace "%" has source = "external": its values are put and read over HTTP alone', $1
       using errcode = 'feature_not_supported', hint = 'use /cache/v1; from SQL it can be invalidated';
   end if;
 end

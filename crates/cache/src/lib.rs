@@ -86,7 +86,6 @@ pub const MIGRATIONS: &[(&str, &str)] = &[
     ("cache/0006_tags", include_str!("../sql/0006_tags.sql")),
     ("cache/0007_functions", include_str!("../sql/0007_functions.sql")),
     ("cache/0008_cached", include_str!("../sql/0008_cached.sql")),
-    ("cache/0009_external", include_str!("../sql/0009_external.sql")),
 ];
 
 /// Functions that callers may execute, in schema `walcast`. Each checks the caller's grants at every call.
