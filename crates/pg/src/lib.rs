@@ -2,7 +2,7 @@
 //!
 //! [`ConnectConfig`] and [`Pool`]: who connects, how often, over which TLS. [`Envelope`]: a transaction as somebody
 //! else's role. [`Sampler`]: which commits are visible right now. [`Catalog`]: types, columns and keys.
-//! [`table_marks`]: whether somebody redefined a table.
+//! [`table_marks()`]: whether somebody redefined a table.
 //! Knows nothing of what the rooms ask for.
 
 mod catalog;
