@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, QueueMode, RecyclingMethod, Runtime, TimeoutType};
+use deadpool_postgres::{Manager, ManagerConfig, Object, PoolError, RecyclingMethod, Runtime, TimeoutType};
 use futures_util::TryStreamExt;
 use tokio::time::Instant;
 use tokio_postgres::{
@@ -49,8 +49,6 @@ impl Pool {
             Manager::from_config(config.driver().clone(), tls.clone(), ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let inner = deadpool_postgres::Pool::builder(manager)
             .max_size(connections.max(1))
-            // The last one used goes out first: its backend and its statements are warm, and as few as possible are awake.
-            .queue_mode(QueueMode::Lifo)
             .wait_timeout(Some(wait))
             .create_timeout(Some(Duration::from_secs(10)))
             .runtime(Runtime::Tokio1)
