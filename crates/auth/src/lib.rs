@@ -4,6 +4,7 @@
 //! [`policy`]: may these claims see this row image, told in memory; [`row_visibility`]: asked of PostgreSQL. [`binding_check`]: is this subscription possible at all?
 
 pub mod binding_check;
+mod claims_functions;
 pub mod policy;
 pub mod row_visibility;
 mod rules;

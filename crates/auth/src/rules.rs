@@ -9,7 +9,7 @@ use tokio_postgres::{Row, types::Type};
 use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
 use walcast_pg::{Envelope, PgError, Pool, quote_ident};
 
-use crate::policy::Policy;
+use crate::{claims_functions, policy::Policy};
 
 #[derive(Debug, Clone)]
 pub struct Rules {
@@ -150,10 +150,6 @@ left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refob
 left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::regclass and f.oid = d.refobjid
 left join pg_catalog.pg_namespace fn on fn.oid = f.pronamespace
 where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::regclass)";
-
-/// Functions that read nothing but the claims, which every question carries; that theirs do, is looked up.
-const KNOWN_FUNCTIONS: [(&str, &str); 5] =
-    [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email"), ("realtime", "topic")];
 
 /// What clients may subscribe to, and what feeds the tag clock.
 #[derive(Debug, Clone, Copy)]
@@ -319,49 +315,6 @@ async fn policies(
     Ok((!policies.permissive.is_empty()).then_some(policies))
 }
 
-/// Does a function's body read nothing but the settings of the request? Only what is known to do no more is let through.
-fn reads_only_claims(body: &str) -> bool {
-    const WORDS: [&str; 13] = [
-        "select",
-        "return",
-        "begin",
-        "end",
-        "coalesce",
-        "nullif",
-        "current_setting",
-        "true",
-        "null",
-        "text",
-        "uuid",
-        "json",
-        "jsonb",
-    ];
-    let mut rest = body;
-    while let Some(c) = rest.chars().next() {
-        let length = match c {
-            'a'..='z' | 'A'..='Z' | '_' => {
-                let length = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len());
-                if !WORDS.contains(&rest[..length].to_ascii_lowercase().as_str()) {
-                    return false;
-                }
-                length
-            }
-            '\'' => match rest[1..].find('\'') {
-                Some(end) if !rest[..end + 1].contains('\\') => end + 2,
-                _ => return false,
-            },
-            '(' | ')' | ',' | ';' => 1,
-            c if c.is_ascii_whitespace() => 1,
-            _ => match ["->>", "->", "::"].into_iter().find(|operator| rest.starts_with(operator)) {
-                Some(operator) => operator.len(),
-                None => return false,
-            },
-        };
-        rest = &rest[length..];
-    }
-    true
-}
-
 async fn reads(
     client: &tokio_postgres::Client,
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
@@ -383,8 +336,8 @@ async fn reads(
         let (own, relation, itself): (bool, bool, bool) = (row.get(0), row.get(1), row.get(2));
         let (schema, name): (&str, &str) = (row.get(5), row.get(6));
         if !relation {
-            let readable = row.get::<_, bool>(12) && reads_only_claims(row.get(13));
-            let known = (KNOWN_FUNCTIONS.contains(&(schema, name)) && readable) || row.get::<_, &str>(8) == "i";
+            let readable = row.get::<_, bool>(12) && claims_functions::reads_only_claims(row.get(13));
+            let known = (claims_functions::KNOWN.contains(&(schema, name)) && readable) || row.get::<_, &str>(8) == "i";
             question.reads_anything |= !known;
         } else if itself {
             match row.get::<_, Option<String>>(9) {
@@ -484,46 +437,4 @@ pub async fn rules_fingerprint(client: &tokio_postgres::Client) -> Result<String
 /// `"schema"."table"`, for the questions that are asked of it.
 pub(crate) fn qualified(name: &TableName) -> String {
     format!("{}.{}", quote_ident(name.schema()), quote_ident(name.table()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::reads_only_claims;
-
-    #[test]
-    fn the_platforms_functions_read_only_claims() {
-        for body in [
-            "select coalesce(nullif(current_setting('request.jwt.claim.sub', true), ''), (nullif(current_setting('request.jwt.claims', true), '')::jsonb ->> 'sub'))::uuid",
-            "\n  select \n    coalesce(\n        nullif(current_setting('request.jwt.claim', true), ''),\n        nullif(current_setting('request.jwt.claims', true), '')\n    )::jsonb\n",
-            "begin return nullif(current_setting('request.jwt.claim.role', true), '')::text; end;",
-        ] {
-            assert!(reads_only_claims(body), "{body}");
-        }
-        assert!(walcast_functions().all(reads_only_claims));
-    }
-
-    /// The bodies of those that `migrate` makes.
-    fn walcast_functions() -> impl Iterator<Item = &'static str> {
-        let bodies = include_str!("../sql/0002_functions.sql").split("$$").skip(1).step_by(2);
-        bodies.inspect(|body| assert!(body.contains("current_setting")))
-    }
-
-    #[test]
-    fn p3_whatever_may_read_more_is_not_let_through() {
-        for body in [
-            "select who from members limit 1",
-            "select public.pr\u{fc}f\u{e9}()",
-            "select who/**/()",
-            "select (null::public.members).lookup",
-            "select\"who\"from\"members\"",
-            "select 1 @@@ 1",
-            "select 'tomorrow'::timestamptz",
-            "select current_setting('x') || now()",
-            "select current_user",
-            "select $1",
-            "select 'it''s' -- from",
-        ] {
-            assert!(!reads_only_claims(body), "{body}");
-        }
-    }
 }

@@ -2,11 +2,14 @@
 //!
 //! Prints how many decisions were compared and what share of them needed no question. `WALCAST_SEED` repeats a run.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::{Value, json};
-use walcast_auth::{Publications, RowRule, Rules, policy::Answer};
+use walcast_auth::{
+    Publications, RowRule, Rules,
+    policy::{Answer, Bound, Policy},
+};
 use walcast_model::{Cell, Claims, Column, ReplicaIdentity, Row, Table, TableId, TableName, ValueKind};
 use walcast_pg::{ConnectConfig, Envelope, Pool};
 use walcast_testkit::TestPostgres;
@@ -211,7 +214,7 @@ async fn p3_what_is_decided_in_memory_is_what_row_security_shows() {
     let publications = Publications { realtime: "supabase_realtime", cache: "walcast" };
     let table = table();
 
-    let (mut compared, mut in_memory, mut shown, mut compiled) = (0_u64, 0_u64, 0_u64, 0);
+    let (mut compared, mut in_memory, mut shown, mut compiled, mut caught) = (0_u64, 0_u64, 0_u64, 0, 0_u64);
     for _ in 0..POLICIES {
         let policies = random.policies();
         sql.batch_execute(&policies).await.unwrap_or_else(|error| panic!("{policies}: {error:?}"));
@@ -223,6 +226,7 @@ async fn p3_what_is_decided_in_memory_is_what_row_security_shows() {
             RowRule::All => panic!("row security is on"),
         };
         compiled += u32::from(policy.is_some());
+        let mut before: Option<Bound> = None;
         for claims in &callers {
             compared += ROWS as u64;
             let Some(policy) = policy else { continue };
@@ -238,9 +242,14 @@ async fn p3_what_is_decided_in_memory_is_what_row_security_shows() {
                         claims.json()
                     ),
                 }
+                // Control: what was bound for the caller before this one.
+                let mistaken = before.as_ref().map(|before| before.decide(&table, row));
+                let hidden = truth.as_ref().is_ok_and(|truth| !truth.contains(id));
+                caught += u64::from(mistaken == Some(Answer::Allow) && hidden);
                 in_memory += u64::from(answer != Answer::Ask);
                 shown += u64::from(answer == Answer::Allow);
             }
+            before = Some(bound);
         }
         sql.batch_execute(
             "do $$ declare p record; begin for p in select polname from pg_policy where polrelid = 't'::regclass \
@@ -254,6 +263,59 @@ async fn p3_what_is_decided_in_memory_is_what_row_security_shows() {
         in_memory as f64 * 100.0 / compared as f64
     );
     assert!(compared >= 200_000 && in_memory > compared / 3 && shown > in_memory / 20, "these policies try too little");
+    assert!(caught > 0, "control: one caller's claims stood for another's, and nothing told");
+}
+
+/// A world with one policy on `t`, and what was compiled of it.
+async fn compiled(using: &str) -> (TestPostgres, Pool, Option<Arc<Policy>>) {
+    let postgres = TestPostgres::start().await.unwrap();
+    for (_, sql) in walcast_auth::MIGRATIONS {
+        postgres.execute(sql).await.unwrap();
+    }
+    postgres.execute(SCHEMA).await.unwrap();
+    postgres.execute("alter table t add \"CURRENT_ROLE\" text").await.unwrap();
+    postgres.execute(&format!("create policy p on t for select to authenticated using ({using})")).await.unwrap();
+    let sql = postgres.connect().await.unwrap();
+    let oid: u32 = sql.query_one("select 't'::regclass::oid", &[]).await.unwrap().get(0);
+    let pool = Pool::new(&ConnectConfig::parse(&postgres.url()).unwrap(), 2, Duration::from_secs(10)).unwrap();
+    let publications = Publications { realtime: "supabase_realtime", cache: "walcast" };
+    let rules = Rules::load(&pool, TableId(oid), &issued_at(1), publications).await.unwrap().unwrap();
+    let RowRule::Ask(question) = rules.rows else { panic!("row security is on") };
+    (postgres, pool, question.policy)
+}
+
+fn issued_at(iat: u64) -> Claims {
+    let Value::Object(map) = json!({ "role": "authenticated", "exp": 4_000_000_000_u64, "iat": iat, "sub": USERS[0] }) else {
+        unreachable!()
+    };
+    Claims::verified(map).unwrap()
+}
+
+#[tokio::test]
+async fn p3_what_one_token_may_see_is_not_remembered_for_another_of_the_same_user() {
+    let (_postgres, pool, policy) = compiled("n <= (auth.jwt() ->> 'iat')::int").await;
+    let policy = policy.expect("it is of the row and the claims");
+    let mut cells = vec![Cell::Null; COLUMNS.len()];
+    cells[4] = Cell::Value("100".into());
+    let (table, row) = (table(), Row(cells));
+    for (iat, expected) in [(200, Answer::Allow), (50, Answer::Deny), (200, Answer::Allow)] {
+        let bound = policy.bound(&pool, &issued_at(iat), Duration::from_secs(5)).await.unwrap().unwrap();
+        assert_eq!(bound.decide(&table, &row), expected, "iat {iat}");
+    }
+}
+
+#[tokio::test]
+async fn p3_what_is_not_certain_is_left_to_postgresql() {
+    for using in [
+        "tenant = 'a''''b'",
+        r"tenant = 'a\b'",
+        "tenant = current_role",
+        "tenant = current_setting('search_path')",
+        "owner = who()",
+    ] {
+        let (_postgres, _pool, policy) = compiled(using).await;
+        assert!(policy.is_none(), "{using}");
+    }
 }
 
 async fn images(sql: &tokio_postgres::Client) -> Vec<(i64, Row)> {

@@ -120,11 +120,13 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
     for side_by_side in batches.chunks(AT_ONCE) {
         let asking =
             side_by_side.iter().map(|(_, wanted, of)| tokio::time::timeout_at(deadline, ask(core, wanted, of, candidates)));
-        for (((_, role, expression), _, of), told) in side_by_side.iter().zip(join_all(asking).await) {
+        for (((_, role, expression), wanted, of), told) in side_by_side.iter().zip(join_all(asking).await) {
             let told = told.ok().flatten();
             if told.is_none() {
                 core.metrics.withheld_errors.increment(of.len() as u64);
-                tracing::warn!(%role, %expression, "a filter cannot be asked: withheld");
+                // By its columns: what is compared with is somebody's data.
+                let columns: Vec<&str> = wanted.binding.filters.iter().map(|f| f.condition.column.as_str()).collect();
+                tracing::warn!(%role, ?columns, "a filter cannot be asked: withheld");
             }
             let told = told.map_or_else(|| vec![None; of.len()], |told| told.into_iter().map(Some).collect());
             answers.extend(of.iter().zip(told).map(|(at, told)| ((*at, expression.clone()), told)));
@@ -187,7 +189,7 @@ async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate
         Ok(answer) if answer.allowed.len() == of.len() => Some(answer.allowed),
         Ok(_) => None,
         Err(error) => {
-            tracing::warn!(table = %rules.name, %error, "asking for a filter");
+            tracing::warn!(table = %rules.name, code = error.sqlstate().unwrap_or("none"), "asking for a filter failed");
             None
         }
     }

@@ -11,7 +11,7 @@ use sqlparser::{
 use walcast_model::{Collation, Family};
 
 use super::{Asked, Node, Operand, Relation};
-use crate::rules::ColumnRule;
+use crate::{claims_functions::KNOWN, rules::ColumnRule};
 
 /// Functions of PostgreSQL that read nothing but their arguments and the settings of the transaction.
 const PURE: [&str; 14] = [
@@ -30,9 +30,6 @@ const PURE: [&str; 14] = [
     "jsonb_build_array",
     "to_jsonb",
 ];
-/// Functions of the platform that do the same; whoever compiles has looked into them.
-pub const CLAIMS: [(&str, &str); 4] = [("auth", "uid"), ("auth", "jwt"), ("auth", "role"), ("auth", "email")];
-
 const LONGEST: usize = 4_000;
 
 pub struct Compiler<'a> {
@@ -226,7 +223,8 @@ fn is_callers_function(function: &Function) -> bool {
             let name = name.to_ascii_lowercase();
             PURE.contains(&name.as_str()) || (name == "current_user" && matches!(function.args, FunctionArguments::None))
         }
-        [schema, name] => CLAIMS.contains(&(*schema, *name)),
+        // Whoever compiles has looked into their bodies.
+        [schema, name] => KNOWN.contains(&(*schema, *name)),
         _ => false,
     };
     let Some(arguments) = arguments else { return false };
