@@ -97,6 +97,10 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
         let (Verdict::Show { columns, .. } | Verdict::Error { columns, .. }) = verdict else { continue };
         let table = &candidate.change.table;
         let readable = |name: &str| table.column(name).is_some_and(|(index, _)| columns.get(index).copied().unwrap_or(false));
+        if candidate.wanting.iter().any(|(_, wants)| *wants == Wants::Gone) {
+            *verdict = Verdict::Unsure("a column of the filter is gone: subscribe again");
+            continue;
+        }
         candidate.wanting.retain(|(wanted, _)| wanted.binding.filters.iter().all(|f| readable(&f.condition.column)));
         if candidate.wanting.is_empty() {
             *verdict = Verdict::Hide;

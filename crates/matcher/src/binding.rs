@@ -70,6 +70,8 @@ pub enum Wants {
     Ask,
     /// A large value that the change left as it was decides, and the image does not hold it.
     Unchanged,
+    /// The column was dropped or renamed since it was checked: nobody can tell any more what is wanted.
+    Gone,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -127,7 +129,10 @@ impl Binding {
 
 impl Filter {
     fn holds(&self, change: &Change) -> Option<Wants> {
-        let (index, column) = change.table.column(&self.condition.column)?;
+        let Some((index, column)) = change.table.column(&self.condition.column) else {
+            // Where it was never checked, with a wildcard, this is a table that does not have it.
+            return self.type_oid.map(|_| Wants::Gone);
+        };
         let cell = filtered_row(change)?.cell(index);
         let family = if self.type_oid == Some(column.type_oid) { self.family } else { Family::Opaque };
         match judge(&self.condition, family, cell) {

@@ -106,11 +106,12 @@ impl Index {
             out.extend(unfiltered.map(|(id, _)| (*id, Wants::Yes)));
             out.extend(place.others.iter().filter_map(|id| self.wants(*id, change)));
             for (drawer, values) in &place.equal {
-                let Some((cell, type_oid)) = filtered_cell(change, &drawer.column) else { continue };
-                let key = match cell {
-                    Cell::Null | Cell::Absent => continue,
-                    Cell::Value(_) if type_oid == drawer.type_oid => cell.text().and_then(|text| drawer.family.key(text)),
-                    Cell::Value(_) | Cell::Unchanged => None,
+                let key = match filtered_cell(change, &drawer.column) {
+                    Some((Cell::Null | Cell::Absent, _)) => continue,
+                    Some((cell @ Cell::Value(_), type_oid)) if type_oid == drawer.type_oid => {
+                        cell.text().and_then(|text| drawer.family.key(text))
+                    }
+                    Some((Cell::Value(_) | Cell::Unchanged, _)) | None => None,
                 };
                 match key {
                     Some(key) => {

@@ -113,6 +113,17 @@ fn a_large_value_that_was_not_sent_is_no_silent_miss() {
 }
 
 #[test]
+fn a_column_that_went_is_no_silent_miss() {
+    let mut narrow = (*table("orders", 1700)).clone();
+    narrow.columns.remove(2);
+    let insert = changed(Arc::new(narrow), Operation::Insert, vec![value("1"), value("1")]);
+    for filter in ["note=eq.x", "note=in.(x,y)", "note=like.x%", "note=is.null"] {
+        assert_eq!(answer(binding("*", None, Some("orders"), Some(filter)), &insert), Some(Wants::Gone), "{filter}");
+    }
+    assert_eq!(answer(binding("*", None, Some("*"), Some("note=eq.x")), &insert), None, "a table that never had it");
+}
+
+#[test]
 fn every_subscription_to_a_table_is_found_and_again_only_once() {
     let mut index = Index::default();
     for (id, filter) in [(1, None), (2, Some("id=in.(1,2)")), (3, Some("id=gt.1")), (4, Some("id=eq.1"))] {

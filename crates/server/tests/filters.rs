@@ -266,5 +266,9 @@ async fn p2_a_filter_on_a_value_that_is_not_in_the_stream_is_no_silent_miss() ->
     // The row's own INSERT may have been settling when the topic was joined.
     let of_c = |frame: &Frame| frame.payload["data"]["record"]["short"] == "c";
     socket.next_where(of_c, DEADLINE).await?;
+    postgres.execute("alter table large drop column long; update large set short = 'd' where id = 1").await?;
+    let gone =
+        |frame: &Frame| frame.event == "system" && frame.payload["message"].as_str().unwrap_or_default().contains("is gone");
+    socket.next_where(gone, DEADLINE).await?;
     Ok(())
 }

@@ -36,7 +36,8 @@ pub async fn run(settings: Settings, args: ExplainArgs) -> Result<ExitCode, Fail
 pub(super) async fn desk(settings: &Settings) -> Result<Option<QueryDesk>, Failure> {
     let Some(dir) = &settings.queries.dir else { return Ok(None) };
     let url = settings.database.url.as_ref().ok_or_else(|| {
-        Failure::usage("no_database", "no database is named").hint("set WALCAST_DATABASE_URL, as for serve".to_owned())
+        Failure::usage("no_database", "no database is named")
+            .hint("set WALCAST_DATABASE_URL, as for serve; that of `walcast dev` is in its banner".to_owned())
     })?;
     let connect = ConnectConfig::parse(url.expose()).map_err(|error| Failure::usage("bad_database_url", error.to_string()))?;
     let namespaces: Vec<String> = settings.cache.namespaces.keys().cloned().collect();
