@@ -53,6 +53,8 @@ pub struct RealtimeLimits {
 pub struct AuthConfig {
     pub jwt_secret: String,
     pub allowed_roles: Vec<String>,
+    /// A claim by its name, or by the way to it.
+    pub tenant_claim: String,
 }
 
 impl std::fmt::Debug for AuthConfig {

@@ -291,6 +291,15 @@ impl Engine {
         self.core.tokens.verify(token)
     }
 
+    /// Whom a client belongs to, as the configured claim says.
+    pub fn tenant_of(&self, claims: &model::Claims) -> Option<String> {
+        claims.at(&self.core.config.auth.tenant_claim).and_then(|tenant| match tenant {
+            serde_json::Value::String(name) => Some(name.clone()),
+            serde_json::Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        })
+    }
+
     /// Everything up to here has been handed to its subscribers.
     pub fn announced(&self) -> model::Position {
         self.core.progress.announced()

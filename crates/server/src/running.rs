@@ -118,7 +118,11 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
             outbox_bytes: settings.realtime.outbox_bytes as usize,
             change_bytes: settings.realtime.change_bytes as usize,
         },
-        auth: AuthConfig { jwt_secret: secret.expose().to_owned(), allowed_roles: settings.auth.allowed_roles.clone() },
+        auth: AuthConfig {
+            jwt_secret: secret.expose().to_owned(),
+            allowed_roles: settings.auth.allowed_roles.clone(),
+            tenant_claim: settings.auth.tenant_claim.clone(),
+        },
         cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),

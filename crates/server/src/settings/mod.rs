@@ -60,6 +60,7 @@ pub struct ServerSettings {
 pub struct AuthSettings {
     pub jwt_secret: Option<Secret>,
     pub allowed_roles: Vec<String>,
+    pub tenant_claim: String,
 }
 
 #[derive(Debug, Clone)]
@@ -147,7 +148,11 @@ impl Settings {
                 listen: from.address("server.listen"),
                 max_connections: from.number("server.max_connections"),
             },
-            auth: AuthSettings { jwt_secret: from.secret("auth.jwt_secret"), allowed_roles: from.list("auth.allowed_roles") },
+            auth: AuthSettings {
+                jwt_secret: from.secret("auth.jwt_secret"),
+                allowed_roles: from.list("auth.allowed_roles"),
+                tenant_claim: from.text("auth.tenant_claim"),
+            },
             cache: CacheSettings {
                 l1_bytes: from.number("cache.l1_bytes"),
                 l1_entries: from.optional_number("cache.l1_entries"),

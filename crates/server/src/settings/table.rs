@@ -78,6 +78,13 @@ pub const SETTINGS: &[Setting] = &[
         "anon,authenticated",
         "Database roles that a token may name",
     ),
+    setting(
+        "auth.tenant_claim",
+        Kind::Text,
+        "tenant_id",
+        "app_metadata.tenant",
+        "Claim that names a client's tenant, by name or by the way to it; limits and statistics count by it",
+    ),
     setting("cache.l1_bytes", BYTES, "64MiB", "256MiB", "Memory for cached values"),
     setting(
         "cache.l1_entries",
