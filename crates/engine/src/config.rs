@@ -45,6 +45,7 @@ pub struct StreamLimits {
 #[derive(Debug, Clone)]
 pub struct RealtimeLimits {
     pub outbox_bytes: usize,
+    pub outbox_frames: usize,
     /// A change whose JSON is larger is told without its larger values.
     pub change_bytes: usize,
 }

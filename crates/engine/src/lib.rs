@@ -40,11 +40,14 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use rand::Rng;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, Semaphore, mpsc, watch},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use walcast_auth::Tokens;
 use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config};
-use walcast_hub::ReplayRing;
+use walcast_hub::{OutboxLimits, ReplayRing, Writers};
 use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
@@ -66,7 +69,7 @@ pub use walcast_cache::{
     Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
     Stale, Stored, Survey, TicketError, Tier,
 };
-pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
+pub use walcast_hub::{Attention, CloseReason, Goodbye, Outbox, OutboxReader, SocketEnd};
 pub use walcast_matcher::EventMask;
 pub use walcast_model as model;
 pub use walcast_pg::{ConnectConfig, ConnectError as DatabaseUrlError};
@@ -102,6 +105,8 @@ pub enum EngineError {
     TooFewConnections(usize),
     #[error("{0}")]
     Queries(String),
+    #[error("threads that write to clients cannot be started: {0}")]
+    Writers(#[from] std::io::Error),
 }
 
 /// What all stages share. Each field has one writer; see the task table in ARCHITECTURE.md.
@@ -117,6 +122,7 @@ pub struct Core {
     pub(crate) progress: Progress,
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) writers: Writers,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -168,6 +174,11 @@ const REPLAYS: usize = 4;
 /// Messages between stages; their bytes are bounded by the intake's room.
 const STAGE_QUEUE: usize = 4_096;
 
+/// They only write: two keep up with more than a machine's network takes.
+fn writer_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 4)
+}
+
 impl EngineConfig {
     /// With fewer the budget could not be kept.
     pub const LEAST_CONNECTIONS: usize = OWN_CONNECTIONS + LEAST_POOLED;
@@ -196,6 +207,8 @@ impl Engine {
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
         let queries = CachedQueries::load(&config, &pool).await.map_err(EngineError::Queries)?;
         let cache = Cache::new(cache_config(&config), clock.clone(), l2);
+        let metrics = Metrics::register();
+        let commit_to_socket = metrics.commit_to_socket.clone();
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -210,7 +223,8 @@ impl Engine {
             cascades: cascade::Holds::default(),
             suspected: cascade::Holds::default(),
             echoes: Echoes::default(),
-            metrics: Metrics::register(),
+            writers: Writers::start(writer_threads(), Arc::new(move |us| commit_to_socket.record(us as f64 / 1e6)))?,
+            metrics,
             standing: Mutex::new(None),
             fingerprint: Mutex::default(),
             rules_read: Mutex::new(Instant::now()),
@@ -298,6 +312,21 @@ impl Engine {
             serde_json::Value::Number(number) => Some(number.to_string()),
             _ => None,
         })
+    }
+
+    /// What one client has still to be sent, for a task that sends it.
+    pub fn outbox(&self) -> (Outbox, OutboxReader) {
+        walcast_hub::outbox(self.outbox_limits())
+    }
+
+    /// The same, written straight into the client's socket. The connection's last words are `goodbye`'s.
+    pub fn socket_outbox(&self, socket: TcpStream, goodbye: Goodbye) -> (Outbox, SocketEnd) {
+        self.core.writers.outbox(self.outbox_limits(), socket, goodbye)
+    }
+
+    fn outbox_limits(&self) -> OutboxLimits {
+        let limits = &self.core.config.realtime;
+        OutboxLimits { bytes: limits.outbox_bytes, frames: limits.outbox_frames }
     }
 
     /// Everything up to here has been handed to its subscribers.

@@ -8,6 +8,7 @@ pub struct Metrics {
     pub hidden: Counter,
     pub withheld_errors: Counter,
     pub resyncs: Counter,
+    pub catch_ups: Counter,
     pub asked: Counter,
     pub decided: Counter,
     pub stream_losses: Counter,
@@ -19,6 +20,7 @@ pub struct Metrics {
     pub invalidations: Counter,
     pub invalidations_widened: Counter,
     pub commit_to_announced: Histogram,
+    pub commit_to_socket: Histogram,
     pub subscriptions: Gauge,
     pub stream_attached: Gauge,
     pub lag_bytes: Gauge,
@@ -46,6 +48,7 @@ impl Metrics {
             "Row changes told without their values: 400 no primary key, 401 no privilege on it, 413 too large"
         );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
+        describe_counter!("walcast_catch_ups_total", "Times a slow client was served from the replay ring");
         describe_counter!("walcast_visibility_decided_total", "Row changes whose visibility was decided in memory");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
@@ -63,6 +66,10 @@ impl Metrics {
             "Invalidations by hand that became one of everything: too many in a second, too large, or not readable"
         );
         describe_histogram!("walcast_commit_to_announced_seconds", "From commit to outbox, for the last commit of each batch");
+        describe_histogram!(
+            "walcast_commit_to_socket_seconds",
+            "From commit until its changes were written to WebSocket clients, once for each commit and writer"
+        );
         describe_gauge!("walcast_subscriptions", "Live bindings");
         describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
         describe_gauge!("walcast_stream_lag_bytes", "WAL written but not read, as of the newest snapshot");
@@ -77,6 +84,7 @@ impl Metrics {
             hidden: counter!("walcast_changes_hidden_total"),
             withheld_errors: counter!("walcast_changes_withheld_errors_total"),
             resyncs: counter!("walcast_resyncs_total"),
+            catch_ups: counter!("walcast_catch_ups_total"),
             asked: counter!("walcast_visibility_asked_total"),
             decided: counter!("walcast_visibility_decided_total"),
             stream_losses: counter!("walcast_stream_losses_total"),
@@ -87,6 +95,7 @@ impl Metrics {
             cascades_failed: counter!("walcast_cascades_failed_total"),
             invalidations: counter!("walcast_invalidations_total"),
             invalidations_widened: counter!("walcast_invalidations_widened_total"),
+            commit_to_socket: histogram!("walcast_commit_to_socket_seconds"),
             commit_to_announced: histogram!("walcast_commit_to_announced_seconds"),
             subscriptions: gauge!("walcast_subscriptions"),
             stream_attached: gauge!("walcast_stream_attached"),

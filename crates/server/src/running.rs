@@ -16,7 +16,7 @@ use walcast_engine::{
 
 use crate::{
     failure::Failure,
-    http::{self, App, DemoSession, Limits},
+    http::{self, App, DemoSession, Limits, realtime::wheel::Wheel},
     settings::{self, Settings, TagRuleSettings},
 };
 
@@ -40,7 +40,6 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     let app = App {
         engine: engine.clone(),
         limits: Limits {
-            outbox_bytes: settings.realtime.outbox_bytes as usize,
             max_topics: settings.realtime.max_topics_per_connection as usize,
             max_frame_bytes: settings.realtime.max_frame_bytes as usize,
             max_connections: settings.server.max_connections as usize,
@@ -50,6 +49,7 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
         demo: demo.map(Arc::new),
         closing: closing.clone(),
         connections: Arc::new(AtomicUsize::new(0)),
+        wheel: Wheel::start(settings.realtime.idle_timeout),
     };
     let serving = tokio::spawn(http::serve(listener, app));
     Ok(Running { engine, address, closing, serving })
@@ -116,6 +116,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         },
         realtime: RealtimeLimits {
             outbox_bytes: settings.realtime.outbox_bytes as usize,
+            outbox_frames: settings.realtime.outbox_frames as usize,
             change_bytes: settings.realtime.change_bytes as usize,
         },
         auth: AuthConfig {

@@ -56,11 +56,11 @@ pub struct App {
     /// Cancelled when the server drains: long connections end themselves.
     pub closing: CancellationToken,
     pub connections: Arc<AtomicUsize>,
+    pub wheel: realtime::wheel::Wheel,
 }
 
 #[derive(Debug, Clone)]
 pub struct Limits {
-    pub outbox_bytes: usize,
     pub max_topics: usize,
     pub max_frame_bytes: usize,
     pub max_connections: usize,

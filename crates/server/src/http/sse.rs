@@ -12,7 +12,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::stream;
-use walcast_engine::{Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, outbox};
+use walcast_engine::{Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle};
 use walcast_protocol::sse;
 
 use crate::http::{
@@ -37,7 +37,7 @@ pub async fn changes(State(app): State<App>, Caller(claims): Caller, uri: Uri, h
         None => None,
     };
     let expires_at = claims.expires_at();
-    let (sender, reader) = outbox(app.limits.outbox_bytes);
+    let (sender, reader) = app.engine.outbox();
     let request = SubscribeRequest { claims, asked: vec![asked], shape: Shape::Sse, outbox: sender, after };
     let opened = app.engine.subscribe(request).await.map_err(refused)?;
     let first = vec![Bytes::from_static(b"retry: 1000\n\n"), opened.sse_opening()];
@@ -72,10 +72,17 @@ async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<L
         let mut frames = Vec::new();
         tokio::select! {
             taken = live.reader.take(&mut frames) => return match taken {
+                // There is room again for what did not fit.
+                Ok(()) if frames.is_empty() => {
+                    if let Some(handle) = &live.handle {
+                        live.app.engine.catch_up(handle).await;
+                    }
+                    continue;
+                }
                 // Everything that is waiting goes out as one chunk: one write.
                 Ok(()) => Some((Ok(join(frames)), Some(live))),
                 Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
-                Err(CloseReason::Ended(reason)) => last_words("closed", reason),
+                Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
                 Err(CloseReason::Gone) => None,
             },
             () = until(live.expires_at) => {

@@ -114,6 +114,8 @@ pub struct StreamSettings {
 #[derive(Debug, Clone)]
 pub struct RealtimeSettings {
     pub outbox_bytes: u64,
+    pub outbox_frames: u64,
+    pub idle_timeout: Duration,
     pub change_bytes: u64,
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
@@ -186,6 +188,8 @@ impl Settings {
             },
             realtime: RealtimeSettings {
                 outbox_bytes: from.number("realtime.outbox_bytes"),
+                outbox_frames: from.number("realtime.outbox_frames"),
+                idle_timeout: from.time("realtime.idle_timeout"),
                 change_bytes: from.number("realtime.change_bytes"),
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
