@@ -83,6 +83,7 @@ impl Engine {
     pub fn refresh_gauges(&self) {
         let core = &self.core;
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
+        core.vitals.refresh_metrics();
         core.metrics.stream_attached.set(f64::from(u8::from(core.progress.stream() == StreamState::Attached)));
         core.metrics.replay_bytes.set(core.ring.lock().bytes() as f64);
         core.metrics.heard_ago.set(core.progress.heard_ago().map_or(-1.0, |ago| ago.as_secs_f64()));

@@ -19,12 +19,14 @@ pub mod pipeline;
 mod progress;
 mod queries;
 mod readback;
+pub mod registry;
 mod stuck;
 mod subscribe;
 mod subscriptions;
 mod table_marks;
 mod tag_rules;
 mod upkeep;
+mod vitals;
 mod visibility;
 
 use std::{
@@ -61,6 +63,7 @@ pub use queries::{
 };
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
+pub use vitals::{Vital, Vitals};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
     Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
@@ -117,6 +120,8 @@ pub struct Core {
     pub(crate) progress: Progress,
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) registry: Arc<registry::Registry>,
+    pub(crate) vitals: Arc<vitals::Vitals>,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -203,6 +208,8 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
+            registry: registry::Registry::new(&config.auth.tenant_claim),
+            vitals: Arc::default(),
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
@@ -263,6 +270,7 @@ impl Engine {
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
         spawn("heartbeat", heartbeat::run(core.clone(), cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
+        spawn("vitals", vitals::run(core.clone(), cancel.clone()).boxed());
         spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();
         Ok(Engine { core, cancel, tasks, failed })
@@ -293,11 +301,17 @@ impl Engine {
 
     /// Whom a client belongs to, as the configured claim says.
     pub fn tenant_of(&self, claims: &model::Claims) -> Option<String> {
-        claims.at(&self.core.config.auth.tenant_claim).and_then(|tenant| match tenant {
-            serde_json::Value::String(name) => Some(name.clone()),
-            serde_json::Value::Number(number) => Some(number.to_string()),
-            _ => None,
-        })
+        self.core.registry.tenant_of(claims)
+    }
+
+    /// Every connection and subscription that is open now.
+    pub fn registry(&self) -> &Arc<registry::Registry> {
+        &self.core.registry
+    }
+
+    /// Counts and times of the live side as a whole.
+    pub fn vitals(&self) -> &Arc<vitals::Vitals> {
+        &self.core.vitals
     }
 
     /// Everything up to here has been handed to its subscribers.

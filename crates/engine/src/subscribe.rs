@@ -18,6 +18,7 @@ use walcast_protocol::sse;
 use crate::{
     Core, Engine, filters,
     pipeline::announce::{CANDIDATES, frames, resync_frame},
+    registry::Listed,
     subscriptions::{Shape, SubscriptionHandle, Wanted},
     visibility::Candidate,
 };
@@ -39,6 +40,8 @@ pub struct SubscribeRequest {
     pub asked: Vec<Asked>,
     pub shape: Shape,
     pub outbox: Outbox,
+    /// Where its deliveries are counted.
+    pub listed: Arc<Listed>,
     /// Continue after this position.
     pub after: Option<Position>,
 }
@@ -115,8 +118,8 @@ impl Engine {
         for asked in &request.asked {
             wanted.push(check(core, &request.claims, asked).await?);
         }
-        let handle =
-            core.subscriptions.register(request.claims, request.shape, wanted, request.outbox, core.config.realtime.outbox_bytes);
+        let SubscribeRequest { claims, shape, outbox, listed, .. } = request;
+        let handle = core.subscriptions.register(claims, shape, wanted, outbox, core.config.realtime.outbox_bytes, listed);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();

@@ -16,6 +16,8 @@ use walcast_matcher::{Binding, Index, SubscriptionId, Wants};
 use walcast_model::{Change, Claims, Table};
 use walcast_protocol::phoenix::Vsn;
 
+use crate::registry::Listed;
+
 /// How a subscriber's frames look.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Shape {
@@ -28,11 +30,11 @@ pub enum Shape {
     },
 }
 
-#[derive(Debug)]
 pub struct Subscriber {
     claims: RwLock<Claims>,
     pub gate: Gate,
     pub shape: Shape,
+    pub listed: Arc<Listed>,
     bindings: Vec<(SubscriptionId, Arc<Wanted>)>,
 }
 
@@ -112,12 +114,13 @@ impl Subscriptions {
         wanted: Vec<Wanted>,
         outbox: Outbox,
         limit_bytes: usize,
+        listed: Arc<Listed>,
     ) -> SubscriptionHandle {
         // In one piece: a subscriber's bindings stand together, also where many join at once.
         let first = self.next.fetch_add(wanted.len() as u64, Ordering::Relaxed);
         let bindings: Vec<_> = (first..).map(SubscriptionId).zip(wanted.into_iter().map(Arc::new)).collect();
         let subscriber =
-            Arc::new(Subscriber { claims: RwLock::new(claims), gate: Gate::holding(outbox, limit_bytes), shape, bindings });
+            Arc::new(Subscriber { claims: RwLock::new(claims), gate: Gate::holding(outbox, limit_bytes), shape, listed, bindings });
         let mut inner = self.inner.write();
         for (id, wanted) in &subscriber.bindings {
             inner.index.subscribe(*id, wanted.binding.clone());

@@ -107,6 +107,12 @@ impl Outbox {
     pub fn queued_bytes(&self) -> usize {
         self.0.state.lock().bytes
     }
+
+    /// Frames and bytes that wait.
+    pub fn queued(&self) -> (usize, usize) {
+        let state = self.0.state.lock();
+        (state.frames.len(), state.bytes)
+    }
 }
 
 impl OutboxReader {

@@ -45,6 +45,7 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
             max_frame_bytes: settings.realtime.max_frame_bytes as usize,
             max_connections: settings.server.max_connections as usize,
             max_value_bytes: settings.cache.max_value_bytes as usize,
+            idle_timeout: settings.realtime.idle_timeout,
         },
         metrics,
         demo: demo.map(Arc::new),

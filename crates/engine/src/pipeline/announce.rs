@@ -13,7 +13,7 @@ use walcast_protocol::{
 };
 
 use crate::{
-    Core,
+    Core, Vital,
     filters::settle_doubts,
     pipeline::{Announcement, InFlight, Remembered},
     readback::{ReadBack, read_back},
@@ -99,12 +99,20 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
 async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     let frames = frames(core, candidates).await;
     // Bindings that show other columns of one change stand together: a place is offered once.
+    let (mut delivered, mut dropped) = (0, 0);
     for same in frames.chunk_by(|(a, at, _), (b, next, _)| Arc::ptr_eq(a, b) && at == next) {
         let (subscriber, place, _) = &same[0];
         if !subscriber.is_expired() && subscriber.offer(*place, same.iter().map(|(.., frame)| frame.clone())) {
-            core.metrics.delivered.increment(same.len() as u64);
+            delivered += same.len() as u64;
+            subscriber.listed.delivered(same.len() as u64);
+        } else {
+            dropped += same.len() as u64;
+            subscriber.listed.dropped(same.len() as u64);
         }
     }
+    core.metrics.delivered.increment(delivered);
+    core.vitals.add(Vital::Delivered, delivered);
+    core.vitals.add(Vital::Dropped, dropped);
 }
 
 /// What each candidate is to be sent, in order; those who may not see get nothing.

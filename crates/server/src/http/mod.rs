@@ -65,6 +65,8 @@ pub struct Limits {
     pub max_frame_bytes: usize,
     pub max_connections: usize,
     pub max_value_bytes: usize,
+    /// A client that sends nothing for so long has gone.
+    pub idle_timeout: Duration,
 }
 
 /// Counts a long connection for as long as it lives.
@@ -192,7 +194,8 @@ pub async fn serve(listener: TcpListener, app: App) -> std::io::Result<()> {
     let listener = listener.tap_io(|connection| {
         let _ = connection.set_nodelay(true);
     });
-    let served = axum::serve(listener, router(app)).with_graceful_shutdown(closing.clone().cancelled_owned());
+    let router = router(app).into_make_service_with_connect_info::<SocketAddr>();
+    let served = axum::serve(listener, router).with_graceful_shutdown(closing.clone().cancelled_owned());
     tokio::select! {
         ended = served => ended,
         () = async {

@@ -5,11 +5,11 @@
 
 mod channel;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     extract::{
-        State,
+        ConnectInfo, State,
         ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection},
     },
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
@@ -21,7 +21,10 @@ use futures_util::{
     stream::{SplitSink, SplitStream},
 };
 use serde_json::json;
-use walcast_engine::{CloseReason, Outbox, OutboxReader, outbox};
+use walcast_engine::{
+    CloseReason, Outbox, OutboxReader, outbox,
+    registry::{ConnectionHandle, Kind, NewConnection},
+};
 use walcast_protocol::phoenix::{FrameError, Inbound, Vsn, push, reply};
 
 use crate::http::{
@@ -30,22 +33,22 @@ use crate::http::{
     realtime::channel::{Channel, Channels},
 };
 
-/// A client that sends nothing for so long has gone: stock clients beat every 25 s.
-const IDLE: Duration = Duration::from_secs(60);
 /// A write that takes longer meets a client that does not read.
 const WRITE: Duration = Duration::from_secs(20);
 
 pub async fn upgrade(
     State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
     uri: Uri,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(&uri, "apikey")).unwrap_or_default();
-    if let Err(error) = app.engine.verify(&key) {
-        return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string());
-    }
+    let claims = match app.engine.verify(&key) {
+        Ok(claims) => claims,
+        Err(error) => return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string()),
+    };
     let vsn = match Vsn::parse(query_parameter(&uri, "vsn").as_deref()) {
         Ok(vsn) => vsn,
         Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
@@ -61,12 +64,25 @@ pub async fn upgrade(
     let Some(connection) = app.admit() else {
         return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");
     };
+    let (outbox, reader) = outbox(app.limits.outbox_bytes);
+    let listed = app.engine.registry().connect(NewConnection {
+        kind: if vsn == Vsn::V2 { Kind::WebSocketV2 } else { Kind::WebSocketV1 },
+        app: query_parameter(&uri, "app").as_deref(),
+        component: query_parameter(&uri, "component").as_deref(),
+        claims: &claims,
+        peer: peer.ip(),
+        outbox: outbox.clone(),
+    });
     upgrade
         // The default buffer of 128 KiB would be most of what an idle connection costs.
         .read_buffer_size(4096)
         .max_message_size(app.limits.max_frame_bytes)
         .max_frame_size(app.limits.max_frame_bytes)
-        .on_upgrade(move |socket| run(app, socket, vsn, key, connection))
+        .on_upgrade(move |socket| {
+            let idle_timeout = app.limits.idle_timeout;
+            let channels = Channels::new(app.limits.max_topics);
+            run(socket, reader, Socket { channels, app, vsn, key, outbox, connection: listed, idle_timeout }, connection)
+        })
 }
 
 /// Upstream's shape, which clients show.
@@ -74,13 +90,11 @@ fn upstream_error(status: StatusCode, error: &str) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], json!({ "error": error }).to_string()).into_response()
 }
 
-async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, _connection: Connection) {
+async fn run(socket: WebSocket, reader: OutboxReader, state: Socket, _connection: Connection) {
     let (sink, stream) = socket.split();
-    let (outbox, reader) = outbox(app.limits.outbox_bytes);
     let mut writer = tokio::spawn(write(sink, reader));
-    let socket = Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox };
     tokio::select! {
-        () = socket.read(stream) => {}
+        () = state.read(stream) => {}
         // The writer ends only with the connection; it has said what there was to say.
         _ = &mut writer => return,
     }
@@ -134,6 +148,8 @@ struct Socket {
     key: String,
     outbox: Outbox,
     channels: Channels,
+    connection: ConnectionHandle,
+    idle_timeout: Duration,
 }
 
 impl Socket {
@@ -141,7 +157,7 @@ impl Socket {
         loop {
             let next_end = self.channels.next_end();
             tokio::select! {
-                message = tokio::time::timeout(IDLE, stream.next()) => match message {
+                message = tokio::time::timeout(self.idle_timeout, stream.next()) => match self.heard(message) {
                     Ok(Some(Ok(Message::Text(text)))) => self.frame(Inbound::parse_text(self.vsn, &text)).await,
                     Ok(Some(Ok(Message::Binary(bytes)))) => {
                         let parsed = if self.vsn == Vsn::V2 { Inbound::parse_binary(&bytes) } else { Err(FrameError::Form("binary frames need vsn 2")) };
@@ -154,7 +170,7 @@ impl Socket {
                         return;
                     }
                     Err(_) => {
-                        self.outbox.close(CloseReason::Ended("no heartbeat for 60 s"));
+                        self.outbox.close(CloseReason::Ended("idle: no heartbeat came in time (realtime.idle_timeout)"));
                         return;
                     }
                 },
@@ -167,11 +183,18 @@ impl Socket {
         }
     }
 
+    /// Whatever comes is a sign of life.
+    fn heard<T>(&self, message: T) -> T {
+        self.connection.heard();
+        message
+    }
+
     async fn frame(&mut self, parsed: Result<Inbound, FrameError>) {
         let frame = match parsed {
             Ok(frame) => frame,
             Err(error) => {
                 metrics::counter!("walcast_frames_malformed_total").increment(1);
+                self.connection.error();
                 let payload = json!({
                     "extension": "system", "status": "error", "channel": "phoenix",
                     "message": format!("MalformedFrame: {error}; the frame was ignored"),

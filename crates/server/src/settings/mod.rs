@@ -117,6 +117,7 @@ pub struct RealtimeSettings {
     pub change_bytes: u64,
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
+    pub idle_timeout: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -189,6 +190,7 @@ impl Settings {
                 change_bytes: from.number("realtime.change_bytes"),
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
+                idle_timeout: from.time("realtime.idle_timeout"),
             },
             log: LogSettings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },

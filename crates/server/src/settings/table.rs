@@ -191,6 +191,13 @@ pub const SETTINGS: &[Setting] = &[
     setting("realtime.outbox_bytes", BYTES, "4MiB", "4MiB", "Unsent bytes of one client; when full it is closed and may resume"),
     setting("realtime.max_topics_per_connection", COUNT, "100", "100", "Topics that one connection may join"),
     setting("realtime.max_frame_bytes", BYTES, "5000000", "5MB", "Largest frame that a client may send"),
+    setting(
+        "realtime.idle_timeout",
+        TIME,
+        "60s",
+        "60s",
+        "A WebSocket that sends nothing for this long, no heartbeat either, is closed; stock clients beat every 25 s",
+    ),
     setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
     setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),
 ];

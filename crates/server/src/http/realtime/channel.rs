@@ -8,7 +8,8 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 use walcast_engine::{
-    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event,
+    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims,
+    registry::Listing, resync_event,
 };
 use walcast_protocol::{
     join::Join,
@@ -29,6 +30,7 @@ pub struct Channel {
     ends_at: SystemTime,
     /// None while quarantined, or without bindings.
     handle: Option<SubscriptionHandle>,
+    listing: Option<Listing>,
     quarantined: bool,
 }
 
@@ -101,6 +103,7 @@ impl Socket {
             token,
             ends_at: UNIX_EPOCH,
             handle: None,
+            listing: None,
             quarantined: false,
         };
         match self.app.engine.verify(&channel.token) {
@@ -123,12 +126,6 @@ impl Socket {
     async fn subscribe(&self, channel: &mut Channel, claims: Claims, answer: Option<&Inbound>) -> Result<(), SubscribeError> {
         channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
         let response = json!({ "postgres_changes": echoes(&channel.join) });
-        if channel.join.bindings.is_empty() {
-            if let Some(frame) = answer {
-                self.outbox.push(reply(self.vsn, frame, "ok", &response));
-            }
-            return Ok(());
-        }
         let asked = channel.join.bindings.iter().map(|binding| Asked {
             event: binding.event.clone(),
             schema: binding.schema.clone(),
@@ -137,13 +134,22 @@ impl Socket {
             select: binding.select.clone(),
             client_id: binding.id(),
         });
+        let asked: Vec<Asked> = asked.collect();
+        let listing = self.connection.list(channel.topic.clone(), channel.join.component.as_deref(), &claims, &asked);
+        let listed = channel.listing.insert(listing).entry();
+        if channel.join.bindings.is_empty() {
+            if let Some(frame) = answer {
+                self.outbox.push(reply(self.vsn, frame, "ok", &response));
+            }
+            return Ok(());
+        }
         let shape = Shape::Realtime { vsn: self.vsn, topic: channel.topic.clone(), positions: channel.join.tracks_position };
         let (after, unreadable) = match channel.join.after.as_deref().map(str::parse) {
             Some(Ok(position)) => (Some(position), false),
             Some(Err(_)) => (None, true),
             None => (None, false),
         };
-        let request = SubscribeRequest { claims, asked: asked.collect(), shape, outbox: self.outbox.clone(), after };
+        let request = SubscribeRequest { claims, asked, shape, outbox: self.outbox.clone(), listed, after };
         let opened = self.app.engine.subscribe(request).await?;
         let mut first = Vec::new();
         if let Some(frame) = answer {
@@ -187,6 +193,9 @@ impl Socket {
                     }
                 } else {
                     channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
+                    if let Some(listing) = &channel.listing {
+                        listing.set_claims(&claims);
+                    }
                     if let Some(handle) = &channel.handle {
                         handle.subscriber.set_claims(claims);
                     }
@@ -223,6 +232,7 @@ impl Socket {
 
     fn refuse(&self, frame: &Inbound, reason: &str) {
         metrics::counter!("walcast_joins_refused_total").increment(1);
+        self.connection.error();
         self.answer(frame, "error", json!({ "reason": reason }));
     }
 }
