@@ -47,6 +47,8 @@ pub struct RealtimeLimits {
     pub outbox_bytes: usize,
     /// A change whose JSON is larger is told without its larger values.
     pub change_bytes: usize,
+    /// Something that looks like a leak must look so for this long.
+    pub leak_window: Duration,
 }
 
 #[derive(Clone)]

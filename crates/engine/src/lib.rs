@@ -87,6 +87,9 @@ use crate::{
     visibility::RuleBook,
 };
 
+/// What this room puts into the database, in order.
+pub const MIGRATIONS: &[(&str, &str)] = &[("engine/0001_registry", include_str!("../sql/0001_registry.sql"))];
+
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     #[error(transparent)]
@@ -121,7 +124,7 @@ pub struct Core {
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
     pub(crate) registry: Arc<registry::Registry>,
-    pub(crate) vitals: Arc<vitals::Vitals>,
+    pub(crate) vitals: Arc<Vitals>,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -201,6 +204,7 @@ impl Engine {
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
         let queries = CachedQueries::load(&config, &pool).await.map_err(EngineError::Queries)?;
         let cache = Cache::new(cache_config(&config), clock.clone(), l2);
+        let vitals = Arc::<Vitals>::default();
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -208,8 +212,8 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
-            registry: registry::Registry::new(&config.auth.tenant_claim),
-            vitals: Arc::default(),
+            registry: registry::Registry::new(&config.auth.tenant_claim, vitals.clone()),
+            vitals,
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
@@ -270,6 +274,8 @@ impl Engine {
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
         spawn("heartbeat", heartbeat::run(core.clone(), cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
+        spawn("registry", registry::rounds::run(core.clone(), cancel.clone()).boxed());
+        spawn("registry mirror", registry::mirror::run(core.clone(), cancel.clone()).boxed());
         spawn("vitals", vitals::run(core.clone(), cancel.clone()).boxed());
         spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();
@@ -310,7 +316,7 @@ impl Engine {
     }
 
     /// Counts and times of the live side as a whole.
-    pub fn vitals(&self) -> &Arc<vitals::Vitals> {
+    pub fn vitals(&self) -> &Arc<Vitals> {
         &self.core.vitals
     }
 

@@ -71,6 +71,15 @@ impl Metrics {
             "walcast_heartbeat_age_seconds",
             "Since our own heartbeat last came back through the stream; -1 while lost"
         );
+        describe_gauge!("walcast_topics", "Topics and streams that are subscribed, those without a binding among them");
+        describe_gauge!("walcast_outbox_frames", "Frames that wait for their sockets");
+        describe_gauge!("walcast_outbox_bytes", "Bytes that wait for their sockets");
+        describe_gauge!("walcast_leaks", "What looks like a leak in an application, by kind; /admin/v1/leaks tells");
+        describe_gauge!("walcast_commit_to_socket_seconds", "From commit to socket, percentiles of the last minute");
+        describe_counter!("walcast_commit_to_socket_writes_total", "Writes to sockets whose time since the commit was taken");
+        describe_counter!("walcast_realtime_errors_total", "What went wrong on the live side, by kind");
+        describe_counter!("walcast_connections_opened_total", "Connections that were opened");
+        describe_counter!("walcast_joins_total", "Topics and streams that were joined");
         Metrics {
             commits: counter!("walcast_commits_total"),
             delivered: counter!("walcast_changes_delivered_total"),

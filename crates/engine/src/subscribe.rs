@@ -135,7 +135,7 @@ impl Engine {
                 Ok(Opened { handle, opening: Opening::Resumed, position: cursor, replay, after })
             }
             Err(reason) => {
-                core.metrics.resyncs.increment(1);
+                core.note_resync();
                 Ok(Opened {
                     handle,
                     opening: Opening::Resync(reason),

@@ -135,12 +135,12 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
             }
             Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
             Verdict::Error { error, .. } => {
-                core.metrics.withheld_error(error);
+                core.note_withheld(error);
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
             // Once per batch and subscriber: the first tells all.
             Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.subscriber), reason).is_none() => {
-                core.metrics.resyncs.increment(1);
+                core.note_resync();
                 let position = Position { epoch: encoder.epoch, lsn: place.0, index: place.1 };
                 resync_frame(&candidate.subscriber.shape, &position, reason)
             }
@@ -154,7 +154,7 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
 pub(crate) fn resync(core: &Core, subscribers: &[Arc<Subscriber>], place: (Lsn, u32), reason: &str) {
     let position = Position { epoch: core.progress.epoch(), lsn: place.0, index: place.1 };
     for subscriber in subscribers {
-        core.metrics.resyncs.increment(1);
+        core.note_resync();
         subscriber.gate.tell(resync_frame(&subscriber.shape, &position, reason));
     }
 }
@@ -268,7 +268,7 @@ fn encode(core: &Core, change: &Change, committed_at_us: i64, sight: &Sight) -> 
         return whole;
     }
     const ERROR: &str = "Error 413: Payload Too Large";
-    core.metrics.withheld_error(ERROR);
+    core.note_withheld(ERROR);
     let small = |row: &Row| {
         let fits = |cell: &Cell| !matches!(cell, Cell::Value(bytes) if bytes.len() > SMALL_BYTES);
         Row(row.0.iter().map(|cell| if fits(cell) { cell.clone() } else { Cell::Absent }).collect())

@@ -15,7 +15,7 @@ use walcast_hub::Outbox;
 use walcast_model::Claims;
 
 use super::{Identity, NewConnection, Owner, Registry, STALE, subscription::Listed};
-use crate::{Asked, registry::Listing};
+use crate::{Asked, Vital, registry::Listing};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -54,8 +54,6 @@ impl State {
     }
 }
 
-/// Stock clients beat every 25 s: who missed three is on its way out.
-pub(super) const QUIET: Duration = Duration::from_secs(80);
 /// So much waits only for a client that does not keep up.
 pub(super) const SLOW_BYTES: usize = 256 << 10;
 
@@ -96,11 +94,6 @@ impl Connection {
             errors: AtomicU32::new(0),
             topics: Mutex::default(),
         }
-    }
-
-    /// What the client did wrong: a frame that cannot be read, a join that was refused.
-    pub fn error(&self) {
-        self.errors.fetch_add(1, Relaxed);
     }
 
     /// A ping was answered: smoothed as TCP does, an eighth of the new.
@@ -147,7 +140,7 @@ impl Connection {
     }
 
     pub(super) fn state(&self, now_ms: u64) -> State {
-        if self.quiet(now_ms) >= QUIET.min(STALE) {
+        if self.quiet(now_ms) >= STALE {
             State::Stale
         } else if self.outbox.queued_bytes() >= SLOW_BYTES {
             State::Slow
@@ -195,6 +188,17 @@ impl ConnectionHandle {
     /// Any frame of the client, or for an event stream: its socket took what was sent.
     pub fn heard(&self) {
         self.connection.hear(self.registry.now_ms());
+    }
+
+    /// What the client did wrong: a frame that cannot be read, a join that was refused.
+    pub fn error(&self, what: Vital) {
+        self.connection.errors.fetch_add(1, Relaxed);
+        self.registry.vitals.count(what);
+    }
+
+    /// A topic or stream was joined, and its client told so.
+    pub fn joined(&self) {
+        self.registry.vitals.count(Vital::Joined);
     }
 
     /// Since the client was last heard.

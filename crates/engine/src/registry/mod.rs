@@ -6,7 +6,10 @@
 
 mod connection;
 mod leaks;
+pub(crate) mod mirror;
 mod owner;
+mod report;
+pub(crate) mod rounds;
 mod subscription;
 
 use std::{
@@ -23,9 +26,12 @@ use parking_lot::Mutex;
 use walcast_hub::{CloseReason, Outbox};
 use walcast_model::Claims;
 
+use crate::{Vital, Vitals};
+
 pub use connection::{Connection, ConnectionHandle, Kind, State};
 pub use leaks::{Leak, LeakKind};
 pub use owner::{Identity, OWNER_CHARACTERS, Owner};
+pub use report::{Selection, Sort};
 pub use subscription::{Listed, Listing};
 
 /// A connection that nothing was heard of for so long is taken out, whatever its own task believes.
@@ -54,6 +60,7 @@ pub struct Registry {
     owners: owner::Owners,
     gone: Mutex<Gone>,
     leaks: Mutex<leaks::Found>,
+    vitals: Arc<Vitals>,
 }
 
 /// Rows of the mirror whose subscriptions have ended.
@@ -68,7 +75,7 @@ struct Gone {
 const GONE: usize = 100_000;
 
 impl Registry {
-    pub fn new(tenant_claim: &str) -> Arc<Registry> {
+    pub fn new(tenant_claim: &str, vitals: Arc<Vitals>) -> Arc<Registry> {
         let began_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Arc::new(Registry {
             tenant_claim: tenant_claim.to_owned(),
@@ -82,6 +89,7 @@ impl Registry {
             owners: owner::Owners::default(),
             gone: Mutex::default(),
             leaks: Mutex::default(),
+            vitals,
         })
     }
 
@@ -92,6 +100,7 @@ impl Registry {
         let connection = Arc::new(Connection::new(self.next_id(), &new, owner, identity, self.now_ms()));
         self.shard(connection.id).lock().insert(connection.id, connection.clone());
         self.connections.fetch_add(1, Relaxed);
+        self.vitals.count(Vital::Opened);
         ConnectionHandle { connection, registry: self.clone() }
     }
 
@@ -110,9 +119,13 @@ impl Registry {
     }
 
     /// Calls for each connection, a shard at a time: nobody waits for the whole.
-    pub fn each(&self, mut call: impl FnMut(&Arc<Connection>)) {
-        for shard in &self.shards {
-            let connections: Vec<_> = shard.lock().values().cloned().collect();
+    pub fn each(&self, call: impl FnMut(&Arc<Connection>)) {
+        self.each_from(0, call);
+    }
+
+    fn each_from(&self, first: usize, mut call: impl FnMut(&Arc<Connection>)) {
+        for at in 0..SHARDS {
+            let connections: Vec<_> = self.shards[(first + at) % SHARDS].lock().values().cloned().collect();
             connections.iter().for_each(&mut call);
         }
     }
@@ -206,6 +219,22 @@ impl Registry {
         let listed = connection.take_all();
         self.subscriptions.fetch_sub(listed.len(), Relaxed);
         self.note_gone(listed.iter().filter(|entry| entry.is_mirrored()).map(|entry| entry.id));
+    }
+
+    fn has_gone(&self) -> bool {
+        let gone = self.gone.lock();
+        gone.overflow || !gone.rows.is_empty()
+    }
+
+    fn take_gone(&self) -> Gone {
+        std::mem::take(&mut self.gone.lock())
+    }
+
+    /// Nothing stands in the table any more.
+    fn forget_mirrored(&self) {
+        self.each(|connection| connection.with_listed(|listed| listed.iter().for_each(|entry| entry.set_mirrored(false))));
+        // Those among them whose rows were never there are deleted once more, in vain.
+        self.gone.lock().overflow = false;
     }
 
     fn note_gone(&self, rows: impl Iterator<Item = u64>) {

@@ -33,9 +33,13 @@ pub struct Listed {
     leak: AtomicU8,
     mirrored: AtomicBool,
     /// What the mirror wrote last, and when: its own.
-    pub(super) written: AtomicU64,
-    pub(super) written_ms: AtomicU64,
+    written: AtomicU64,
+    written_ms: AtomicU64,
 }
+
+/// Of one string of a binding, and of all bindings of a topic together, as they are shown.
+const SHOWN_CHARACTERS: usize = 1_000;
+const SHOWN_BYTES: usize = 16 << 10;
 
 impl Listed {
     pub(super) fn new(
@@ -46,15 +50,13 @@ impl Listed {
         asked: &[Asked],
         now_ms: u64,
     ) -> Listed {
-        let bindings = bindings(asked);
-        let mut hasher = DefaultHasher::new();
-        bindings.hash(&mut hasher);
+        let (bindings, sameness) = bindings(asked);
         Listed {
             id,
             connection: connection.id,
             topic,
             owner,
-            sameness: if asked.is_empty() { 0 } else { hasher.finish().max(1) },
+            sameness,
             bindings,
             since_ms: now_ms,
             identity: Mutex::new(connection.identity.clone()),
@@ -99,33 +101,53 @@ impl Listed {
         self.mirrored.load(Relaxed)
     }
 
+    /// The figures that the mirror wrote last, and when.
+    pub(super) fn written(&self) -> (u64, u64) {
+        (self.written.load(Relaxed), self.written_ms.load(Relaxed))
+    }
+
+    pub(super) fn note_written(&self, figures: u64, now_ms: u64) {
+        self.written.store(figures, Relaxed);
+        self.written_ms.store(now_ms, Relaxed);
+    }
+
     pub(super) fn set_mirrored(&self, mirrored: bool) {
         self.mirrored.store(mirrored, Relaxed);
     }
 }
 
-/// In an order of its own, so that the same bindings are the same text.
-fn bindings(asked: &[Asked]) -> Box<str> {
-    let mut texts: Vec<String> = asked
-        .iter()
-        .map(|asked| {
-            let mut shown = json!({ "event": asked.event });
-            let parts = [
-                ("schema", asked.schema.clone().map(Value::from)),
-                ("table", asked.table.clone().map(Value::from)),
-                ("filter", asked.filter.clone().map(Value::from)),
-                ("select", asked.select.clone().map(Value::from)),
-            ];
-            for (name, value) in parts {
-                if let Some(value) = value {
-                    shown[name] = value;
-                }
-            }
-            shown.to_string()
-        })
-        .collect();
+/// In an order of its own, so that the same bindings are the same text; and equal for the same bindings, a number.
+fn bindings(asked: &[Asked]) -> (Box<str>, u64) {
+    let mut texts: Vec<String> = asked.iter().map(binding).collect();
     texts.sort_unstable();
-    format!("[{}]", texts.join(",")).into()
+    let mut hasher = DefaultHasher::new();
+    texts.hash(&mut hasher);
+    let sameness = if asked.is_empty() { 0 } else { hasher.finish().max(1) };
+    let (mut shown, all) = (String::from("["), texts.len());
+    for (at, text) in texts.iter().enumerate() {
+        if shown.len() + text.len() > SHOWN_BYTES {
+            shown.push_str(&json!({ "more": all - at }).to_string());
+            break;
+        }
+        shown.push_str(text);
+        shown.push(if at + 1 < all { ',' } else { ' ' });
+    }
+    shown = shown.trim_end().to_owned();
+    shown.push(']');
+    (shown.into(), sameness)
+}
+
+fn binding(asked: &Asked) -> String {
+    let text = |text: &str| Value::from(text.chars().filter(|letter| *letter != '\0').take(SHOWN_CHARACTERS).collect::<String>());
+    let mut shown = json!({ "event": text(&asked.event) });
+    let parts = [("schema", &asked.schema), ("table", &asked.table), ("filter", &asked.filter)];
+    for (name, value) in parts.into_iter().filter_map(|(name, value)| Some((name, value.as_deref()?))) {
+        shown[name] = text(value);
+    }
+    if let Some(select) = &asked.select {
+        shown["select"] = select.iter().map(|column| text(column)).collect();
+    }
+    shown.to_string()
 }
 
 /// The door's hold on a listed topic. Dropping it takes the topic out at once.

@@ -41,7 +41,7 @@ fn list(connection: &ConnectionHandle, topic: &str, filter: Option<&str>) -> Lis
 
 #[test]
 fn p9_what_a_handle_entered_is_gone_when_the_handle_is_dropped() {
-    let registry = Registry::new("app_metadata.tenant");
+    let registry = Registry::new("app_metadata.tenant", Arc::default());
     let (connection, _reader) = connect(&registry, "board", "7");
     let first = list(&connection, "realtime:one", Some("id=eq.1"));
     let second = list(&connection, "realtime:two", None);
@@ -61,7 +61,7 @@ fn p9_what_a_handle_entered_is_gone_when_the_handle_is_dropped() {
 
 #[test]
 fn p9_an_ended_connection_lists_nothing_more() {
-    let registry = Registry::new("tenant");
+    let registry = Registry::new("tenant", Arc::default());
     let (connection, mut reader) = connect(&registry, "board", "7");
     let _topic = list(&connection, "realtime:one", None);
     assert!(registry.end(connection.id, "ended by an operator"));
@@ -75,7 +75,7 @@ fn p9_an_ended_connection_lists_nothing_more() {
 
 #[test]
 fn p9_who_is_silent_for_five_minutes_is_taken_out() {
-    let registry = Registry::new("tenant");
+    let registry = Registry::new("tenant", Arc::default());
     let (silent, _reader) = connect(&registry, "board", "7");
     let (heard, _other) = connect(&registry, "board", "8");
     let long_ago = registry.now_ms();
@@ -88,7 +88,7 @@ fn p9_who_is_silent_for_five_minutes_is_taken_out() {
 
 #[test]
 fn a_round_trip_is_smoothed() {
-    let registry = Registry::new("tenant");
+    let registry = Registry::new("tenant", Arc::default());
     let (connection, _reader) = connect(&registry, "board", "7");
     assert_eq!(connection.round_trip(), None);
     connection.pong(Duration::from_millis(8));
@@ -98,7 +98,7 @@ fn a_round_trip_is_smoothed() {
 
 #[test]
 fn p9_a_storm_of_threads_leaves_nothing_behind() {
-    let registry = Registry::new("tenant");
+    let registry = Registry::new("tenant", Arc::default());
     std::thread::scope(|scope| {
         for thread in 0..8 {
             let registry = &registry;

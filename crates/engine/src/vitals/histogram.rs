@@ -14,12 +14,11 @@ const BUCKETS: usize = (OCTAVES + 1) << FINE;
 
 pub struct Histogram {
     buckets: [AtomicU64; BUCKETS],
-    sum_us: AtomicU64,
 }
 
 impl Default for Histogram {
     fn default() -> Histogram {
-        Histogram { buckets: std::array::from_fn(|_| AtomicU64::new(0)), sum_us: AtomicU64::new(0) }
+        Histogram { buckets: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
 }
 
@@ -27,15 +26,10 @@ impl Histogram {
     pub fn record(&self, took: Duration) {
         let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.buckets[bucket(micros)].fetch_add(1, Relaxed);
-        self.sum_us.fetch_add(micros, Relaxed);
     }
 
     pub fn counts(&self) -> Counts {
         Counts(self.buckets.iter().map(|bucket| bucket.load(Relaxed)).collect())
-    }
-
-    pub fn sum(&self) -> Duration {
-        Duration::from_micros(self.sum_us.load(Relaxed))
     }
 }
 

@@ -22,7 +22,7 @@ use futures_util::{
 };
 use serde_json::json;
 use walcast_engine::{
-    CloseReason, Outbox, OutboxReader, outbox,
+    CloseReason, Outbox, OutboxReader, Vital, Vitals, outbox,
     registry::{ConnectionHandle, Kind, NewConnection},
 };
 use walcast_protocol::phoenix::{FrameError, Inbound, Vsn, push, reply};
@@ -92,7 +92,7 @@ fn upstream_error(status: StatusCode, error: &str) -> Response {
 
 async fn run(socket: WebSocket, reader: OutboxReader, state: Socket, _connection: Connection) {
     let (sink, stream) = socket.split();
-    let mut writer = tokio::spawn(write(sink, reader));
+    let mut writer = tokio::spawn(write(sink, reader, state.app.engine.vitals().clone()));
     tokio::select! {
         () = state.read(stream) => {}
         // The writer ends only with the connection; it has said what there was to say.
@@ -105,7 +105,7 @@ async fn run(socket: WebSocket, reader: OutboxReader, state: Socket, _connection
 }
 
 /// Everything that waits goes out in one write.
-async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader) {
+async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader, vitals: Arc<Vitals>) {
     let mut frames: Vec<Bytes> = Vec::new();
     loop {
         match reader.take(&mut frames).await {
@@ -125,6 +125,9 @@ async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader
             }
             Err(reason) => {
                 let goodbye = async {
+                    if matches!(reason, CloseReason::Slow { .. }) {
+                        vitals.count(Vital::ClosedSlow);
+                    }
                     let (code, text) = match reason {
                         CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
                         CloseReason::Ended(text) => (1012, text.to_owned()),
@@ -170,6 +173,7 @@ impl Socket {
                         return;
                     }
                     Err(_) => {
+                        self.connection.error(Vital::ClosedIdle);
                         self.outbox.close(CloseReason::Ended("idle: no heartbeat came in time (realtime.idle_timeout)"));
                         return;
                     }
@@ -194,7 +198,7 @@ impl Socket {
             Ok(frame) => frame,
             Err(error) => {
                 metrics::counter!("walcast_frames_malformed_total").increment(1);
-                self.connection.error();
+                self.connection.error(Vital::MalformedFrame);
                 let payload = json!({
                     "extension": "system", "status": "error", "channel": "phoenix",
                     "message": format!("MalformedFrame: {error}; the frame was ignored"),

@@ -13,7 +13,7 @@ use axum::{
 use bytes::Bytes;
 use futures_util::stream;
 use walcast_engine::{
-    Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, outbox,
+    Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, Vital, outbox,
     registry::{ConnectionHandle, Kind, Listing, NewConnection},
 };
 use walcast_protocol::sse;
@@ -58,7 +58,11 @@ pub async fn changes(
     let asked = vec![asked];
     let listing = listed.list("sse:changes".into(), None, &claims, &asked);
     let request = SubscribeRequest { claims, asked, shape: Shape::Sse, outbox: sender, listed: listing.entry(), after };
-    let opened = app.engine.subscribe(request).await.map_err(refused)?;
+    let opened = app.engine.subscribe(request).await.map_err(|error| {
+        listed.error(Vital::JoinRefused);
+        refused(error)
+    })?;
+    listed.joined();
     let first = vec![Bytes::from_static(b"retry: 1000\n\n"), opened.sse_opening()];
     let handle = opened.release(first);
     let live = Live { app, reader, handle: Some(handle), expires_at, listed, _listing: listing, _connection: connection };
@@ -97,7 +101,10 @@ async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<L
             taken = live.reader.take(&mut frames) => return match taken {
                 // Everything that is waiting goes out as one chunk: one write.
                 Ok(()) => Some((Ok(join(frames)), Some(live))),
-                Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
+                Err(CloseReason::Slow { .. }) => {
+                    live.listed.error(Vital::ClosedSlow);
+                    last_words("closed", "too slow: reconnect to resume from the last id")
+                }
                 Err(CloseReason::Ended(reason)) => last_words("closed", reason),
                 Err(CloseReason::Gone) => None,
             },

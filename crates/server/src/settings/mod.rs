@@ -118,6 +118,7 @@ pub struct RealtimeSettings {
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
     pub idle_timeout: Duration,
+    pub leak_window: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -191,6 +192,7 @@ impl Settings {
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
                 idle_timeout: from.time("realtime.idle_timeout"),
+                leak_window: from.time("realtime.leak_window"),
             },
             log: LogSettings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },

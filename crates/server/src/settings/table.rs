@@ -198,6 +198,13 @@ pub const SETTINGS: &[Setting] = &[
         "60s",
         "A WebSocket that sends nothing for this long, no heartbeat either, is closed; stock clients beat every 25 s",
     ),
+    setting(
+        "realtime.leak_window",
+        Kind::Time { least_ms: 1_000 },
+        "10m",
+        "10m",
+        "What looks like a leak in an application must look so for this long before `/admin/v1/leaks` tells of it",
+    ),
     setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
     setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),
 ];

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 use walcast_engine::{
-    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims,
+    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, Vital, model::Claims,
     registry::Listing, resync_event,
 };
 use walcast_protocol::{
@@ -118,6 +118,7 @@ impl Socket {
             }
             Err(error) => return self.refuse(&frame, &format!("{}: {error}", error.code())),
         }
+        self.connection.joined();
         self.channels.by_topic.insert(channel.topic.clone(), channel);
     }
 
@@ -232,7 +233,7 @@ impl Socket {
 
     fn refuse(&self, frame: &Inbound, reason: &str) {
         metrics::counter!("walcast_joins_refused_total").increment(1);
-        self.connection.error();
+        self.connection.error(Vital::JoinRefused);
         self.answer(frame, "error", json!({ "reason": reason }));
     }
 }
