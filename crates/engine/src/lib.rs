@@ -19,6 +19,7 @@ pub mod pipeline;
 mod progress;
 mod queries;
 mod readback;
+pub mod registry;
 mod stuck;
 mod subscribe;
 mod subscriptions;
@@ -26,6 +27,7 @@ mod table_marks;
 mod tag_rules;
 mod upkeep;
 mod visibility;
+mod vitals;
 
 use std::{
     collections::HashMap,
@@ -64,6 +66,7 @@ pub use queries::{
 };
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
+pub use vitals::{Vital, Vitals};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
     Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
@@ -86,6 +89,9 @@ use crate::{
     tag_rules::TagRules,
     visibility::RuleBook,
 };
+
+/// What this room puts into the database, in order.
+pub const MIGRATIONS: &[(&str, &str)] = &[("engine/0001_registry", include_str!("../sql/0001_registry.sql"))];
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -123,6 +129,8 @@ pub struct Core {
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
     pub(crate) writers: Writers,
+    pub(crate) registry: Arc<registry::Registry>,
+    pub(crate) vitals: Arc<Vitals>,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -207,8 +215,8 @@ impl Engine {
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
         let queries = CachedQueries::load(&config, &pool).await.map_err(EngineError::Queries)?;
         let cache = Cache::new(cache_config(&config), clock.clone(), l2);
-        let metrics = Metrics::register();
-        let commit_to_socket = metrics.commit_to_socket.clone();
+        let vitals = Arc::<Vitals>::default();
+        let timed = vitals.clone();
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -216,6 +224,8 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
+            registry: registry::Registry::new(&config.auth.tenant_claim, vitals.clone()),
+            vitals,
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
@@ -223,8 +233,8 @@ impl Engine {
             cascades: cascade::Holds::default(),
             suspected: cascade::Holds::default(),
             echoes: Echoes::default(),
-            writers: Writers::start(writer_threads(), Arc::new(move |us| commit_to_socket.record(us as f64 / 1e6)))?,
-            metrics,
+            writers: Writers::start(writer_threads(), Arc::new(move |us| timed.commit_to_socket(Duration::from_micros(us))))?,
+            metrics: Metrics::register(),
             standing: Mutex::new(None),
             fingerprint: Mutex::default(),
             rules_read: Mutex::new(Instant::now()),
@@ -277,6 +287,10 @@ impl Engine {
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
         spawn("heartbeat", heartbeat::run(core.clone(), cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
+        spawn("wheel", registry::wheel::run(core.clone(), cancel.clone()).boxed());
+        spawn("registry", registry::rounds::run(core.clone(), cancel.clone()).boxed());
+        spawn("registry mirror", registry::mirror::run(core.clone(), cancel.clone()).boxed());
+        spawn("vitals", vitals::run(core.clone(), cancel.clone()).boxed());
         spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();
         Ok(Engine { core, cancel, tasks, failed })
@@ -307,11 +321,17 @@ impl Engine {
 
     /// Whom a client belongs to, as the configured claim says.
     pub fn tenant_of(&self, claims: &model::Claims) -> Option<String> {
-        claims.at(&self.core.config.auth.tenant_claim).and_then(|tenant| match tenant {
-            serde_json::Value::String(name) => Some(name.clone()),
-            serde_json::Value::Number(number) => Some(number.to_string()),
-            _ => None,
-        })
+        self.core.registry.tenant_of(claims)
+    }
+
+    /// Every connection and subscription that is open now.
+    pub fn registry(&self) -> &Arc<registry::Registry> {
+        &self.core.registry
+    }
+
+    /// Counts and times of the live side as a whole.
+    pub fn vitals(&self) -> &Arc<Vitals> {
+        &self.core.vitals
     }
 
     /// What one client has still to be sent, for a task that sends it.

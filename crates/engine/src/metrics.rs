@@ -20,7 +20,6 @@ pub struct Metrics {
     pub invalidations: Counter,
     pub invalidations_widened: Counter,
     pub commit_to_announced: Histogram,
-    pub commit_to_socket: Histogram,
     pub subscriptions: Gauge,
     pub stream_attached: Gauge,
     pub lag_bytes: Gauge,
@@ -66,10 +65,6 @@ impl Metrics {
             "Invalidations by hand that became one of everything: too many in a second, too large, or not readable"
         );
         describe_histogram!("walcast_commit_to_announced_seconds", "From commit to outbox, for the last commit of each batch");
-        describe_histogram!(
-            "walcast_commit_to_socket_seconds",
-            "From commit until its changes were written to WebSocket clients, once for each commit and writer"
-        );
         describe_gauge!("walcast_subscriptions", "Live bindings");
         describe_gauge!("walcast_stream_attached", "1 while the replication stream is attached");
         describe_gauge!("walcast_stream_lag_bytes", "WAL written but not read, as of the newest snapshot");
@@ -78,6 +73,15 @@ impl Metrics {
             "walcast_heartbeat_age_seconds",
             "Since our own heartbeat last came back through the stream; -1 while lost"
         );
+        describe_gauge!("walcast_topics", "Topics and streams that are subscribed, those without a binding among them");
+        describe_gauge!("walcast_outbox_frames", "Frames that wait for their sockets");
+        describe_gauge!("walcast_outbox_bytes", "Bytes that wait for their sockets");
+        describe_gauge!("walcast_leaks", "What looks like a leak in an application, by kind; /admin/v1/leaks tells");
+        describe_gauge!("walcast_commit_to_socket_seconds", "From commit to socket, percentiles of the last minute");
+        describe_counter!("walcast_commit_to_socket_writes_total", "Writes to sockets whose time since the commit was taken");
+        describe_counter!("walcast_realtime_errors_total", "What went wrong on the live side, by kind");
+        describe_counter!("walcast_connections_opened_total", "Connections that were opened");
+        describe_counter!("walcast_joins_total", "Topics and streams that were joined");
         Metrics {
             commits: counter!("walcast_commits_total"),
             delivered: counter!("walcast_changes_delivered_total"),
@@ -95,7 +99,6 @@ impl Metrics {
             cascades_failed: counter!("walcast_cascades_failed_total"),
             invalidations: counter!("walcast_invalidations_total"),
             invalidations_widened: counter!("walcast_invalidations_widened_total"),
-            commit_to_socket: histogram!("walcast_commit_to_socket_seconds"),
             commit_to_announced: histogram!("walcast_commit_to_announced_seconds"),
             subscriptions: gauge!("walcast_subscriptions"),
             stream_attached: gauge!("walcast_stream_attached"),

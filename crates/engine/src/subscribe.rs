@@ -18,6 +18,7 @@ use walcast_protocol::sse;
 use crate::{
     Core, Engine, filters,
     pipeline::announce::{frames, resync_frame},
+    registry::Listed,
     subscriptions::{Audience, Shape, SubscriptionHandle, Wanted},
     visibility::Candidate,
 };
@@ -39,6 +40,8 @@ pub struct SubscribeRequest {
     pub asked: Vec<Asked>,
     pub shape: Shape,
     pub outbox: Outbox,
+    /// Where its deliveries are counted.
+    pub listed: Arc<Listed>,
     /// Continue after this position.
     pub after: Option<Position>,
 }
@@ -119,12 +122,12 @@ impl Engine {
         for asked in &request.asked {
             wanted.push(check(core, &request.claims, asked).await?);
         }
-        let handle =
-            core.subscriptions.register(request.claims, request.shape, wanted, request.outbox, core.config.realtime.outbox_bytes);
+        let SubscribeRequest { claims, shape, outbox, listed, after, .. } = request;
+        let handle = core.subscriptions.register(claims, shape, wanted, outbox, core.config.realtime.outbox_bytes, listed);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();
-        let Some(cursor) = request.after else {
+        let Some(cursor) = after else {
             // What was flushed before the stream was attached was committed before this subscription began.
             let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
             let position = Position { lsn: after.0, index: after.1, ..noted };
@@ -133,7 +136,7 @@ impl Engine {
         let (opening, position, missed) = match replay(core, &handle.audience, cursor, noted).await {
             Ok(missed) => (Opening::Resumed, cursor, missed),
             Err(reason) => {
-                core.metrics.resyncs.increment(1);
+                core.note_resyncs(1);
                 (Opening::Resync(reason), noted, Missed::nothing(noted.place()))
             }
         };
@@ -153,7 +156,7 @@ impl Engine {
         match replay(core, &handle.audience, cursor, noted).await {
             Ok(missed) => gate.release([], missed),
             Err(reason) => {
-                core.metrics.resyncs.increment(1);
+                core.note_resyncs(1);
                 let told = resync_frame(&handle.audience.shape, &noted, reason);
                 gate.release([told], Missed::nothing(noted.place()));
             }
@@ -168,9 +171,9 @@ impl Engine {
         let behind = gate.is_behind();
         let place = gate.shut().map(|place| if behind { place } else { place.max(announced.place()) });
         let after = place.map(|(lsn, index)| Position { lsn, index, ..announced });
-        let (shape, outbox) = (old.audience.shape.clone(), gate.outbox().clone());
+        let (shape, outbox, listed) = (old.audience.shape.clone(), gate.outbox().clone(), old.subscriber.listed.clone());
         drop(old);
-        self.subscribe(SubscribeRequest { claims, asked, shape, outbox, after }).await
+        self.subscribe(SubscribeRequest { claims, asked, shape, outbox, listed, after }).await
     }
 }
 

@@ -17,6 +17,8 @@ use walcast_matcher::{Binding, Index, SubscriptionId, Wants};
 use walcast_model::{Change, Claims, Table};
 use walcast_protocol::phoenix::Vsn;
 
+use crate::registry::Listed;
+
 /// How a subscriber's frames look.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Shape {
@@ -30,7 +32,6 @@ pub enum Shape {
 }
 
 /// Who hears the same in the same words: equal wishes, equal claims, equal shape. It is matched, judged and encoded for once.
-#[derive(Debug)]
 pub struct Audience {
     pub claims: Claims,
     pub shape: Shape,
@@ -41,12 +42,12 @@ pub struct Audience {
 }
 
 /// One of an audience.
-#[derive(Debug)]
 pub struct Subscriber {
     pub gate: Gate,
     /// Its place in the audience's list.
     slot: AtomicUsize,
-    delivered: AtomicU64,
+    /// Where its deliveries are counted.
+    pub listed: Arc<Listed>,
 }
 
 /// One binding and the id under which the client knows it.
@@ -60,13 +61,6 @@ pub struct Wanted {
 
 /// The bindings of one audience that want, or may want, a change, and show the same columns of it.
 pub type Wanting = Vec<(Arc<Wanted>, Wants)>;
-
-impl Subscriber {
-    /// Row changes that were handed to its outbox.
-    pub fn delivered(&self) -> u64 {
-        self.delivered.load(Ordering::Relaxed)
-    }
-}
 
 impl Audience {
     pub fn is_expired(&self) -> bool {
@@ -97,7 +91,7 @@ impl Audience {
         let mut all = 0;
         for member in self.members.read().iter() {
             let taken = member.gate.offer(places, frames).unwrap_or_default() as u64;
-            member.delivered.fetch_add(taken, Ordering::Relaxed);
+            member.listed.delivered(taken);
             all += taken;
         }
         all
@@ -181,15 +175,12 @@ impl Subscriptions {
         wanted: Vec<Wanted>,
         outbox: Outbox,
         limit_bytes: usize,
+        listed: Arc<Listed>,
     ) -> SubscriptionHandle {
         // In one piece: an audience's bindings stand together, also where many join at once.
         let first = self.next.fetch_add(wanted.len() as u64, Ordering::Relaxed);
         let wanted: Vec<_> = wanted.into_iter().map(Arc::new).collect();
-        let subscriber = Arc::new(Subscriber {
-            gate: Gate::holding(outbox, limit_bytes),
-            slot: AtomicUsize::new(0),
-            delivered: AtomicU64::new(0),
-        });
+        let subscriber = Arc::new(Subscriber { gate: Gate::holding(outbox, limit_bytes), slot: AtomicUsize::new(0), listed });
         let alike = Alike(Arc::new(Audience { claims, shape, wanted, first, members: RwLock::default() }));
         let mut inner = self.inner.write();
         inner.bindings += alike.0.wanted.len();

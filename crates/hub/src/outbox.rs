@@ -61,6 +61,7 @@ pub(crate) struct State {
     pub(crate) frames: VecDeque<Bytes>,
     pub(crate) bytes: usize,
     pub(crate) closed: Option<CloseReason>,
+    pub(crate) closed_at: Option<Instant>,
     /// Somebody had more than fitted, and wants to hear that there is room.
     pub(crate) wanted: bool,
     pub(crate) socket: SocketState,
@@ -157,6 +158,7 @@ impl Outbox {
     pub fn end(&self, reason: CloseReason) {
         let mut state = self.0.state.lock();
         state.closed.get_or_insert(reason);
+        state.closed_at.get_or_insert_with(Instant::now);
         self.wake(state);
     }
 
@@ -178,12 +180,19 @@ impl Outbox {
         self.0.state.lock().closed.is_some()
     }
 
+    /// For how long nothing more has been taken.
+    pub fn closed_for(&self) -> Option<Duration> {
+        self.0.state.lock().closed_at.map(|since| since.elapsed())
+    }
+
     pub fn queued_bytes(&self) -> usize {
         self.0.state.lock().bytes
     }
 
-    pub fn queued_frames(&self) -> usize {
-        self.0.state.lock().frames.len()
+    /// Frames and bytes that wait.
+    pub fn queued(&self) -> (usize, usize) {
+        let state = self.0.state.lock();
+        (state.frames.len(), state.bytes)
     }
 
     /// For how long the socket has taken nothing of what waits.
@@ -255,6 +264,7 @@ fn add(state: &mut State, frame: Bytes) {
 
 pub(crate) fn close(state: &mut State, reason: CloseReason) {
     state.closed = Some(reason);
+    state.closed_at = Some(Instant::now());
     state.socket.cut = true;
     let on_its_way = (state.socket.offset > 0).then(|| state.frames.pop_front()).flatten();
     state.bytes = on_its_way.as_ref().map_or(0, |frame| frame.len() + FRAME_BYTES);

@@ -3,6 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, OnceLock, atomic::AtomicUsize},
+    time::Duration,
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -16,7 +17,7 @@ use walcast_engine::{
 
 use crate::{
     failure::Failure,
-    http::{self, App, DemoSession, Limits, realtime::wheel::Wheel},
+    http::{self, App, DemoSession, Limits},
     settings::{self, Settings, TagRuleSettings},
 };
 
@@ -49,8 +50,8 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
         demo: demo.map(Arc::new),
         closing: closing.clone(),
         connections: Arc::new(AtomicUsize::new(0)),
-        wheel: Wheel::start(settings.realtime.idle_timeout),
     };
+    tokio::spawn(tend(app.metrics.clone(), closing.clone()));
     let serving = tokio::spawn(http::serve(listener, app));
     Ok(Running { engine, address, closing, serving })
 }
@@ -65,6 +66,13 @@ impl Running {
         self.closing.cancel();
         let _ = self.serving.await;
         self.engine.stop().await;
+    }
+}
+
+/// Times that are recorded wait in blocks until somebody reads `/metrics`: where nobody does, they would grow for ever.
+async fn tend(metrics: PrometheusHandle, closing: CancellationToken) {
+    while closing.run_until_cancelled(tokio::time::sleep(Duration::from_secs(5))).await.is_some() {
+        metrics.run_upkeep();
     }
 }
 
@@ -117,7 +125,9 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         realtime: RealtimeLimits {
             outbox_bytes: settings.realtime.outbox_bytes as usize,
             outbox_frames: settings.realtime.outbox_frames as usize,
+            idle_timeout: settings.realtime.idle_timeout,
             change_bytes: settings.realtime.change_bytes as usize,
+            leak_window: settings.realtime.leak_window,
         },
         auth: AuthConfig {
             jwt_secret: secret.expose().to_owned(),
@@ -127,7 +137,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),
-        slow_query: std::time::Duration::from_millis(settings.queries.slow_ms),
+        slow_query: Duration::from_millis(settings.queries.slow_ms),
         stream_timeout: settings.queries.stream_timeout,
     })
 }

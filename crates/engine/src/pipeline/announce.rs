@@ -15,7 +15,7 @@ use walcast_protocol::{
 };
 
 use crate::{
-    Core,
+    Core, Vital,
     filters::settle_doubts,
     pipeline::{Announcement, InFlight, Remembered},
     readback::{ReadBack, read_back},
@@ -123,7 +123,9 @@ async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     // One write for each socket, whatever the batch brings it.
     let _turn = core.writers.turn(committed_at_us);
     let said = by_audience.into_values().filter(|said| !said.audience.is_expired());
-    core.metrics.delivered.increment(said.map(|said| said.audience.offer(&said.places, &said.frames)).sum());
+    let delivered = said.map(|said| said.audience.offer(&said.places, &said.frames)).sum();
+    core.metrics.delivered.increment(delivered);
+    core.vitals.add(Vital::Delivered, delivered);
 }
 
 /// What each candidate is to be sent, in order; those who may not see get nothing.
@@ -146,12 +148,12 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
             }
             Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
             Verdict::Error { error, .. } => {
-                core.metrics.withheld_error(error);
+                core.note_withheld(error);
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
             // Once per batch and audience: the first tells all.
             Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.audience), reason).is_none() => {
-                core.metrics.resyncs.increment(1);
+                core.note_resyncs(1);
                 let position = Position { epoch: encoder.epoch, lsn: place.0, index: place.1 };
                 resync_frame(&candidate.audience.shape, &position, reason)
             }
@@ -166,7 +168,7 @@ pub(crate) fn resync(core: &Core, audiences: &[Arc<Audience>], place: Place, rea
     let position = Position { epoch: core.progress.epoch(), lsn: place.0, index: place.1 };
     let _turn = core.writers.turn(Vec::new());
     for audience in audiences {
-        core.metrics.resyncs.increment(audience.tell(&resync_frame(&audience.shape, &position, reason)));
+        core.note_resyncs(audience.tell(&resync_frame(&audience.shape, &position, reason)));
     }
 }
 
@@ -279,7 +281,7 @@ fn encode(core: &Core, change: &Change, committed_at_us: i64, sight: &Sight) -> 
         return whole;
     }
     const ERROR: &str = "Error 413: Payload Too Large";
-    core.metrics.withheld_error(ERROR);
+    core.note_withheld(ERROR);
     let small = |row: &Row| {
         let fits = |cell: &Cell| !matches!(cell, Cell::Value(bytes) if bytes.len() > SMALL_BYTES);
         Row(row.0.iter().map(|cell| if fits(cell) { cell.clone() } else { Cell::Absent }).collect())

@@ -34,7 +34,7 @@ use axum::{
     extract::DefaultBodyLimit,
     http::{HeaderName, HeaderValue, header},
     response::Response,
-    routing::{MethodRouter, get, post},
+    routing::{MethodRouter, delete, get, post},
     serve::ListenerExt,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -56,7 +56,6 @@ pub struct App {
     /// Cancelled when the server drains: long connections end themselves.
     pub closing: CancellationToken,
     pub connections: Arc<AtomicUsize>,
-    pub wheel: realtime::wheel::Wheel,
 }
 
 #[derive(Debug, Clone)]
@@ -102,6 +101,11 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
         .route("/admin/v1/cache", get(admin::cache))
+        .route("/admin/v1/connections", get(admin::connections::connections))
+        .route("/admin/v1/connections/{id}", delete(admin::connections::end))
+        .route("/admin/v1/subscriptions", get(admin::connections::subscriptions))
+        .route("/admin/v1/leaks", get(admin::connections::leaks))
+        .route("/admin/v1/realtime", get(admin::realtime::get))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",
@@ -192,7 +196,8 @@ pub async fn serve(listener: TcpListener, app: App) -> std::io::Result<()> {
     let listener = listener.tap_io(|connection| {
         let _ = connection.set_nodelay(true);
     });
-    let served = axum::serve(listener, router(app)).with_graceful_shutdown(closing.clone().cancelled_owned());
+    let router = router(app).into_make_service_with_connect_info::<SocketAddr>();
+    let served = axum::serve(listener, router).with_graceful_shutdown(closing.clone().cancelled_owned());
     tokio::select! {
         ended = served => ended,
         () = async {

@@ -1,20 +1,23 @@
 //! The WebSocket of unmodified Supabase clients: `/realtime/v1/websocket` and `/socket/websocket`.
 //!
 //! One task reads a connection's frames and keeps its channels; what it says goes through the outbox, as what is announced
-//! does, so order is the outbox's order. The engine's writers put it into the socket. [`channel`] holds what a topic is,
-//! [`reading`] takes frames from the socket, [`wheel`] looks after connections that say nothing.
+//! does, so order is the outbox's order. The engine's writers put it into the socket. [`upgrade`] lets a client in,
+//! [`reading`] takes its frames from the socket, [`channel`] holds what a topic is.
 
 mod channel;
 mod reading;
 mod upgrade;
-pub mod wheel;
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use serde_json::json;
 use tokio::net::TcpStream;
-use walcast_engine::{Attention, CloseReason, Outbox, SocketEnd};
+use walcast_engine::{
+    Attention, CloseReason, Outbox, SocketEnd, Vital,
+    model::Claims,
+    registry::{ConnectionHandle, Kind, NewConnection},
+};
 use walcast_protocol::{
     phoenix::{FrameError, Inbound, Vsn, push, reply},
     websocket,
@@ -27,15 +30,36 @@ use crate::http::{
     realtime::{
         channel::{Channel, Channels},
         reading::{Heard, Reading},
-        wheel::Spoke,
     },
 };
 
-async fn run(app: App, socket: TcpStream, already_read: Bytes, vsn: Vsn, key: String, _connection: Connection) {
+/// Who has been let in.
+struct Guest {
+    vsn: Vsn,
+    /// The key that the connection was opened with: what channels use until they are given a token.
+    key: String,
+    claims: Claims,
+    peer: IpAddr,
+    /// As the client calls itself.
+    app: Option<String>,
+    component: Option<String>,
+    _connection: Connection,
+}
+
+async fn run(app: App, guest: Guest, socket: TcpStream, already_read: Bytes) {
     let (outbox, end) = app.engine.socket_outbox(socket, goodbye);
-    let spoke = app.wheel.add(&outbox);
+    let connection = app.engine.registry().connect(NewConnection {
+        kind: if guest.vsn == Vsn::V2 { Kind::WebSocketV2 } else { Kind::WebSocketV1 },
+        app: guest.app.as_deref(),
+        component: guest.component.as_deref(),
+        claims: &guest.claims,
+        peer: guest.peer,
+        outbox: outbox.clone(),
+    });
     let reading = Reading::new(already_read, app.limits.max_frame_bytes);
-    Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox, spoke, reading }.run(end).await;
+    let channels = Channels::new(app.limits.max_topics);
+    let Guest { vsn, key, _connection, .. } = guest;
+    Socket { channels, app, vsn, key, outbox, connection, reading, _connection }.run(end).await;
 }
 
 /// The last words on a connection.
@@ -53,12 +77,12 @@ fn goodbye(reason: &CloseReason) -> Option<Bytes> {
 struct Socket {
     app: App,
     vsn: Vsn,
-    /// The key that the connection was opened with: what channels use until they are given a token.
     key: String,
     outbox: Outbox,
     channels: Channels,
-    spoke: Spoke,
+    connection: ConnectionHandle,
     reading: Reading,
+    _connection: Connection,
 }
 
 impl Socket {
@@ -103,21 +127,22 @@ impl Socket {
                     return true;
                 }
                 Heard::Text(text) => {
-                    self.spoke.heard();
+                    self.connection.heard();
                     self.frame(Inbound::parse_text(self.vsn, &text)).await;
                 }
                 Heard::Binary(bytes) => {
-                    self.spoke.heard();
+                    self.connection.heard();
                     let parsed = match self.vsn {
                         Vsn::V2 => Inbound::parse_binary(&bytes),
                         Vsn::V1 => Err(FrameError::Form("binary frames need vsn 2")),
                     };
                     self.frame(parsed).await;
                 }
-                Heard::Pong(payload) => self.spoke.pong(&payload),
-                Heard::Ping => self.spoke.heard(),
+                Heard::Pong(payload) => self.connection.pong(&payload),
+                Heard::Ping => self.connection.heard(),
                 Heard::Wrong(code, why) => {
                     metrics::counter!("walcast_frames_malformed_total").increment(1);
+                    self.connection.error(Vital::MalformedFrame);
                     self.outbox.push(websocket::close(code, &why));
                     self.outbox.end(CloseReason::Gone);
                     return false;
@@ -143,6 +168,7 @@ impl Socket {
             Ok(frame) => frame,
             Err(error) => {
                 metrics::counter!("walcast_frames_malformed_total").increment(1);
+                self.connection.error(Vital::MalformedFrame);
                 let payload = json!({
                     "extension": "system", "status": "error", "channel": "phoenix",
                     "message": format!("MalformedFrame: {error}; the frame was ignored"),

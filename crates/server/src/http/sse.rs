@@ -2,29 +2,38 @@
 //!
 //! The id of each event is its position; `Last-Event-ID` resumes. The first event is `live`, `resumed` or `resync`.
 
-use std::{convert::Infallible, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use axum::{
     body::Body,
-    extract::State,
+    extract::{ConnectInfo, State},
     http::{HeaderMap, StatusCode, Uri, header},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
 use futures_util::stream;
-use walcast_engine::{Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle};
+use walcast_engine::{
+    Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, Vital,
+    registry::{ConnectionHandle, Kind, Listing, NewConnection},
+};
 use walcast_protocol::sse;
 
 use crate::http::{
     App, Connection,
-    identity::{Caller, query_pairs},
+    identity::{Caller, query_pairs, query_parameter},
     refusal::Refusal,
 };
 
 /// A quiet stream's position moves at least this often.
 const QUIET: Duration = Duration::from_secs(10);
 
-pub async fn changes(State(app): State<App>, Caller(claims): Caller, uri: Uri, headers: HeaderMap) -> Result<Response, Refusal> {
+pub async fn changes(
+    State(app): State<App>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Caller(claims): Caller,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Refusal> {
     let connection = app.admit().ok_or_else(full)?;
     let asked = parse(&uri)?;
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -38,11 +47,25 @@ pub async fn changes(State(app): State<App>, Caller(claims): Caller, uri: Uri, h
     };
     let expires_at = claims.expires_at();
     let (sender, reader) = app.engine.outbox();
-    let request = SubscribeRequest { claims, asked: vec![asked], shape: Shape::Sse, outbox: sender, after };
-    let opened = app.engine.subscribe(request).await.map_err(refused)?;
+    let listed = app.engine.registry().connect(NewConnection {
+        kind: Kind::Sse,
+        app: query_parameter(&uri, "app").as_deref(),
+        component: query_parameter(&uri, "component").as_deref(),
+        claims: &claims,
+        peer: peer.ip(),
+        outbox: sender.clone(),
+    });
+    let asked = vec![asked];
+    let listing = listed.list("sse:changes".into(), None, &claims, &asked);
+    let request = SubscribeRequest { claims, asked, shape: Shape::Sse, outbox: sender, listed: listing.entry(), after };
+    let opened = app.engine.subscribe(request).await.map_err(|error| {
+        listed.error(Vital::JoinRefused);
+        refused(error)
+    })?;
+    listed.joined();
     let first = vec![Bytes::from_static(b"retry: 1000\n\n"), opened.sse_opening()];
     let handle = opened.release(first);
-    let live = Live { app, reader, handle: Some(handle), expires_at, _connection: connection };
+    let live = Live { app, reader, handle: Some(handle), expires_at, listed, _listing: listing, _connection: connection };
     let body = Body::from_stream(stream::unfold(Some(live), next));
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
@@ -59,6 +82,8 @@ struct Live {
     /// Dropped with the stream: nothing of it stays.
     handle: Option<SubscriptionHandle>,
     expires_at: u64,
+    listed: ConnectionHandle,
+    _listing: Listing,
     _connection: Connection,
 }
 
@@ -68,6 +93,8 @@ async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<L
         let data = serde_json::json!({ "reason": reason }).to_string();
         Some((Ok(sse::event(name, None, data.as_bytes())), None))
     };
+    // Asked for more: the socket took what it was given.
+    live.listed.heard();
     loop {
         let mut frames = Vec::new();
         tokio::select! {
@@ -81,7 +108,10 @@ async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<L
                 }
                 // Everything that is waiting goes out as one chunk: one write.
                 Ok(()) => Some((Ok(join(frames)), Some(live))),
-                Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
+                Err(CloseReason::Slow { .. }) => {
+                    live.listed.error(Vital::ClosedSlow);
+                    last_words("closed", "too slow: reconnect to resume from the last id")
+                }
                 Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
                 Err(CloseReason::Gone) => None,
             },
@@ -127,7 +157,7 @@ fn parse(uri: &Uri) -> Result<Asked, Refusal> {
             "event" => asked.event = event(value)?,
             "filter" => asked.filter = Some(value),
             "select" => asked.select = Some(value.split(',').map(|column| column.trim().to_owned()).collect()),
-            "apikey" | "last_event_id" => {}
+            "apikey" | "last_event_id" | "app" | "component" => {}
             other => {
                 return Err(Refusal::new(
                     StatusCode::BAD_REQUEST,

@@ -115,10 +115,11 @@ pub struct StreamSettings {
 pub struct RealtimeSettings {
     pub outbox_bytes: u64,
     pub outbox_frames: u64,
-    pub idle_timeout: Duration,
     pub change_bytes: u64,
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
+    pub idle_timeout: Duration,
+    pub leak_window: Duration,
 }
 
 #[derive(Debug, Clone)]
@@ -189,10 +190,11 @@ impl Settings {
             realtime: RealtimeSettings {
                 outbox_bytes: from.number("realtime.outbox_bytes"),
                 outbox_frames: from.number("realtime.outbox_frames"),
-                idle_timeout: from.time("realtime.idle_timeout"),
                 change_bytes: from.number("realtime.change_bytes"),
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
+                idle_timeout: from.time("realtime.idle_timeout"),
+                leak_window: from.time("realtime.leak_window"),
             },
             log: LogSettings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },

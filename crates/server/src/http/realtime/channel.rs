@@ -8,7 +8,8 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 use walcast_engine::{
-    Asked, Engine, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event,
+    Asked, Engine, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, Vital, model::Claims,
+    registry::Listing, resync_event,
 };
 use walcast_protocol::{
     join::{Join, RawBinding},
@@ -30,6 +31,7 @@ pub struct Channel {
     ends_at: SystemTime,
     /// None while quarantined, or without bindings.
     handle: Option<SubscriptionHandle>,
+    listing: Option<Listing>,
     quarantined: bool,
 }
 
@@ -125,6 +127,7 @@ impl Socket {
             token,
             ends_at: UNIX_EPOCH,
             handle: None,
+            listing: None,
             quarantined: false,
         };
         match self.app.engine.verify(&channel.token) {
@@ -139,6 +142,7 @@ impl Socket {
             }
             Err(error) => return self.refuse(&frame, &format!("{}: {error}", error.code())),
         }
+        self.connection.joined();
         self.channels.by_topic.insert(channel.topic.clone(), channel);
     }
 
@@ -147,6 +151,9 @@ impl Socket {
     async fn subscribe(&self, channel: &mut Channel, claims: Claims, answer: Option<&Inbound>) -> Result<(), SubscribeError> {
         channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
         let response = json!({ "postgres_changes": echoes(&channel.join) });
+        let asked = channel.asked();
+        let listing = self.connection.list(channel.topic.clone(), channel.join.component.as_deref(), &claims, &asked);
+        let listed = channel.listing.insert(listing).entry();
         if channel.join.bindings.is_empty() {
             if let Some(frame) = answer {
                 self.say(&reply(self.vsn, frame, "ok", &response));
@@ -159,7 +166,7 @@ impl Socket {
             Some(Err(_)) => (None, true),
             None => (None, false),
         };
-        let request = SubscribeRequest { claims, asked: channel.asked(), shape, outbox: self.outbox.clone(), after };
+        let request = SubscribeRequest { claims, asked, shape, outbox: self.outbox.clone(), listed, after };
         let opened = self.app.engine.subscribe(request).await?;
         let mut first = Vec::new();
         if let Some(frame) = answer {
@@ -203,6 +210,9 @@ impl Socket {
                     }
                 } else {
                     channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
+                    if let Some(listing) = &channel.listing {
+                        listing.set_claims(&claims);
+                    }
                     if let Some(handle) = channel.handle.take() {
                         match self.app.engine.renew(handle, claims, channel.asked()).await {
                             Ok(opened) => channel.handle = Some(opened.release_renewed()),
@@ -242,6 +252,7 @@ impl Socket {
 
     fn refuse(&self, frame: &Inbound, reason: &str) {
         metrics::counter!("walcast_joins_refused_total").increment(1);
+        self.connection.error(Vital::JoinRefused);
         self.answer(frame, "error", json!({ "reason": reason }));
     }
 }

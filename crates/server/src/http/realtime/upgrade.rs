@@ -2,8 +2,10 @@
 //!
 //! The socket is taken over bare: the engine's writers write shared frames into it, without a library's buffer between.
 
+use std::net::SocketAddr;
+
 use axum::{
-    extract::{Request, State},
+    extract::{ConnectInfo, Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header},
     response::{IntoResponse, Response},
 };
@@ -13,15 +15,20 @@ use tokio::net::TcpStream;
 use tungstenite::handshake::derive_accept_key;
 use walcast_protocol::phoenix::Vsn;
 
-use crate::http::{App, identity::query_parameter, realtime::run};
+use crate::http::{
+    App,
+    identity::query_parameter,
+    realtime::{Guest, run},
+};
 
-pub async fn upgrade(State(app): State<App>, mut request: Request) -> Response {
+pub async fn upgrade(State(app): State<App>, ConnectInfo(peer): ConnectInfo<SocketAddr>, mut request: Request) -> Response {
     let (headers, uri) = (request.headers(), request.uri());
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(uri, "apikey")).unwrap_or_default();
-    if let Err(error) = app.engine.verify(&key) {
-        return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string());
-    }
+    let claims = match app.engine.verify(&key) {
+        Ok(claims) => claims,
+        Err(error) => return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string()),
+    };
     let vsn = match Vsn::parse(query_parameter(uri, "vsn").as_deref()) {
         Ok(vsn) => vsn,
         Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
@@ -38,6 +45,8 @@ pub async fn upgrade(State(app): State<App>, mut request: Request) -> Response {
     let Some(connection) = app.admit() else {
         return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");
     };
+    let (its_app, component) = (query_parameter(request.uri(), "app"), query_parameter(request.uri(), "component"));
+    let guest = Guest { vsn, key, claims, peer: peer.ip(), app: its_app, component, _connection: connection };
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         let upgraded = match upgraded.await {
@@ -46,7 +55,7 @@ pub async fn upgrade(State(app): State<App>, mut request: Request) -> Response {
         };
         match hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded) {
             // Boxed: this task lives as long as the connection, and should not hold room for the upgrade, too.
-            Ok(parts) => Box::pin(run(app, parts.io.into_inner(), parts.read_buf, vsn, key, connection)).await,
+            Ok(parts) => Box::pin(run(app, guest, parts.io.into_inner(), parts.read_buf)).await,
             Err(_) => tracing::error!("an upgraded connection is no TCP socket: WebSockets cannot be served on this listener"),
         }
     });
