@@ -3,7 +3,7 @@
 //! Filled by the pipeline, emptied by the connection's own task. A push never waits: an outbox above its limit closes
 //! with a reason, its memory is freed at once, and the client resumes from its position.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{borrow::Cow, collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -14,7 +14,7 @@ pub enum CloseReason {
     /// The client read more slowly than it was told.
     Slow { queued_bytes: usize },
     /// The server ends the connection and says why.
-    Ended(&'static str),
+    Ended(Cow<'static, str>),
     /// The connection's own task has gone.
     Gone,
 }
@@ -84,7 +84,8 @@ impl Outbox {
     pub fn end_behind_queued(&self) {
         let mut state = self.0.state.lock();
         if state.closed.is_none() {
-            state.closed = Some(CloseReason::Ended("more is waiting than fits: reconnect to resume from the last position"));
+            state.closed =
+                Some(CloseReason::Ended("more is waiting than fits: reconnect to resume from the last position".into()));
         }
         drop(state);
         self.0.wake.notify_one();

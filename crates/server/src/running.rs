@@ -2,12 +2,12 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, OnceLock, atomic::AtomicUsize},
+    sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 use walcast_engine::{
     ConnectConfig, Engine, EngineError, EventMask,
     config::{AuthConfig, CacheSettings, Deaf, EngineConfig, RealtimeLimits, StreamLimits, TagRuleConfig},
@@ -16,14 +16,19 @@ use walcast_engine::{
 
 use crate::{
     failure::Failure,
-    http::{self, App, DemoSession, Limits},
+    http::{
+        self, App, DemoSession,
+        drain::Drain,
+        limits::{Limits, Sizes, TrustedProxies},
+    },
     settings::{self, Settings, TagRuleSettings},
 };
 
 pub struct Running {
     pub engine: Engine,
     pub address: SocketAddr,
-    closing: CancellationToken,
+    drain: Drain,
+    window: Duration,
     serving: JoinHandle<std::io::Result<()>>,
 }
 
@@ -36,23 +41,10 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     // Before the engine: counters that are registered with no recorder count for nobody.
     let metrics = recorder();
     let engine = Engine::start(engine_config(settings)?).await.map_err(|error| engine_failure(&error))?;
-    let closing = CancellationToken::new();
-    let app = App {
-        engine: engine.clone(),
-        limits: Limits {
-            outbox_bytes: settings.realtime.outbox_bytes as usize,
-            max_topics: settings.realtime.max_topics_per_connection as usize,
-            max_frame_bytes: settings.realtime.max_frame_bytes as usize,
-            max_connections: settings.server.max_connections as usize,
-            max_value_bytes: settings.cache.max_value_bytes as usize,
-        },
-        metrics,
-        demo: demo.map(Arc::new),
-        closing: closing.clone(),
-        connections: Arc::new(AtomicUsize::new(0)),
-    };
+    let drain = Drain::default();
+    let app = App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), drain: drain.clone() };
     let serving = tokio::spawn(http::serve(listener, app));
-    Ok(Running { engine, address, closing, serving })
+    Ok(Running { engine, address, drain, window: settings.server.drain, serving })
 }
 
 impl Running {
@@ -60,12 +52,36 @@ impl Running {
         format!("http://{}", self.address)
     }
 
-    /// Says goodbye to every connection, then lets go of the slot.
+    /// Says goodbye to every connection, spread over `server.drain`, then lets go of the slot.
+    pub async fn drain(self) {
+        let window = self.window;
+        self.stop_within(window).await;
+    }
+
+    /// The same, to all at once.
     pub async fn stop(self) {
-        self.closing.cancel();
+        self.stop_within(Duration::ZERO).await;
+    }
+
+    async fn stop_within(self, window: Duration) {
+        self.drain.begin(window);
         let _ = self.serving.await;
         self.engine.stop().await;
     }
+}
+
+fn limits(settings: &Settings) -> Result<Limits, Failure> {
+    let sizes = Sizes {
+        outbox_bytes: settings.realtime.outbox_bytes as usize,
+        max_topics: settings.realtime.max_topics_per_connection as usize,
+        max_frame_bytes: settings.realtime.max_frame_bytes as usize,
+        max_value_bytes: settings.cache.max_value_bytes as usize,
+        max_connections: settings.server.max_connections,
+    };
+    let proxies = TrustedProxies::parse(&settings.server.trusted_proxies).map_err(|text| {
+        Failure::usage("bad_proxy", format!("server.trusted_proxies: {text:?} is neither an IP address nor a network"))
+    })?;
+    Ok(Limits::new(&settings.limits, &sizes, proxies))
 }
 
 /// One per process: counters live as long as it does.
@@ -126,7 +142,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         cache: cache_settings(settings),
         queries_dir: settings.queries.dir.clone(),
         tags: tag_rules(settings),
-        slow_query: std::time::Duration::from_millis(settings.queries.slow_ms),
+        slow_query: Duration::from_millis(settings.queries.slow_ms),
         stream_timeout: settings.queries.stream_timeout,
     })
 }

@@ -25,8 +25,9 @@ use walcast_engine::{CloseReason, Outbox, OutboxReader, outbox};
 use walcast_protocol::phoenix::{FrameError, Inbound, Vsn, push, reply};
 
 use crate::http::{
-    App, Connection,
+    App,
     identity::query_parameter,
+    limits::{ClientAddress, ConnectionPermit},
     realtime::channel::{Channel, Channels},
 };
 
@@ -37,15 +38,17 @@ const WRITE: Duration = Duration::from_secs(20);
 
 pub async fn upgrade(
     State(app): State<App>,
+    address: ClientAddress,
     uri: Uri,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(&uri, "apikey")).unwrap_or_default();
-    if let Err(error) = app.engine.verify(&key) {
-        return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string());
-    }
+    let claims = match app.engine.verify(&key) {
+        Ok(claims) => claims,
+        Err(error) => return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string()),
+    };
     let vsn = match Vsn::parse(query_parameter(&uri, "vsn").as_deref()) {
         Ok(vsn) => vsn,
         Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
@@ -58,15 +61,16 @@ pub async fn upgrade(
             return response;
         }
     };
-    let Some(connection) = app.admit() else {
-        return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");
+    let permit = match app.admit(address, &claims) {
+        Ok(permit) => permit,
+        Err(refusal) => return refusal.upgrade_response(),
     };
     upgrade
         // The default buffer of 128 KiB would be most of what an idle connection costs.
         .read_buffer_size(4096)
         .max_message_size(app.limits.max_frame_bytes)
         .max_frame_size(app.limits.max_frame_bytes)
-        .on_upgrade(move |socket| run(app, socket, vsn, key, connection))
+        .on_upgrade(move |socket| run(app, socket, vsn, key, permit))
 }
 
 /// Upstream's shape, which clients show.
@@ -74,11 +78,11 @@ fn upstream_error(status: StatusCode, error: &str) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], json!({ "error": error }).to_string()).into_response()
 }
 
-async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, _connection: Connection) {
+async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, permit: ConnectionPermit) {
     let (sink, stream) = socket.split();
     let (outbox, reader) = outbox(app.limits.outbox_bytes);
-    let mut writer = tokio::spawn(write(sink, reader));
-    let socket = Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox };
+    let mut writer = tokio::spawn(write(sink, reader, permit.clone()));
+    let socket = Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox, permit: permit.clone() };
     tokio::select! {
         () = socket.read(stream) => {}
         // The writer ends only with the connection; it has said what there was to say.
@@ -91,11 +95,12 @@ async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, _connection: Co
 }
 
 /// Everything that waits goes out in one write.
-async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader) {
+async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader, permit: ConnectionPermit) {
     let mut frames: Vec<Bytes> = Vec::new();
     loop {
         match reader.take(&mut frames).await {
             Ok(()) => {
+                permit.pace_out(frames.len() as u32).await;
                 let sent = tokio::time::timeout(WRITE, async {
                     for frame in frames.drain(..) {
                         // Frames are JSON that we encoded: a wrong one would be ours, and is dropped.
@@ -113,7 +118,7 @@ async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader
                 let goodbye = async {
                     let (code, text) = match reason {
                         CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
-                        CloseReason::Ended(text) => (1012, text.to_owned()),
+                        CloseReason::Ended(text) => (1012, text.into_owned()),
                         // The client said goodbye first: only its close is still to be answered.
                         CloseReason::Gone => return sink.close().await,
                     };
@@ -133,19 +138,27 @@ struct Socket {
     /// The key that the connection was opened with: what channels use until they are given a token.
     key: String,
     outbox: Outbox,
+    permit: ConnectionPermit,
     channels: Channels,
 }
 
 impl Socket {
     async fn read(mut self, mut stream: SplitStream<WebSocket>) {
+        let drain = self.app.drain.clone();
+        let mut farewell = std::pin::pin!(drain.farewell());
+        let mut topicless_since = tokio::time::Instant::now();
         loop {
             let next_end = self.channels.next_end();
+            let idle = self.app.limits.idle_without_topic;
+            if !self.channels.is_empty() || idle.is_zero() {
+                topicless_since = tokio::time::Instant::now();
+            }
             tokio::select! {
                 message = tokio::time::timeout(IDLE, stream.next()) => match message {
-                    Ok(Some(Ok(Message::Text(text)))) => self.frame(Inbound::parse_text(self.vsn, &text)).await,
+                    Ok(Some(Ok(Message::Text(text)))) => self.frame(Inbound::parse_text(self.vsn, &text), text.len()).await,
                     Ok(Some(Ok(Message::Binary(bytes)))) => {
                         let parsed = if self.vsn == Vsn::V2 { Inbound::parse_binary(&bytes) } else { Err(FrameError::Form("binary frames need vsn 2")) };
-                        self.frame(parsed).await;
+                        self.frame(parsed, bytes.len()).await;
                     }
                     Ok(Some(Ok(Message::Ping(_) | Message::Pong(_)))) => {}
                     Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => {
@@ -154,20 +167,25 @@ impl Socket {
                         return;
                     }
                     Err(_) => {
-                        self.outbox.close(CloseReason::Ended("no heartbeat for 60 s"));
+                        self.outbox.close(CloseReason::Ended("no heartbeat for 60 s".into()));
                         return;
                     }
                 },
                 () = until(next_end) => self.end_due(),
-                () = self.app.closing.cancelled() => {
-                    self.outbox.close(CloseReason::Ended("the server is shutting down"));
+                () = tokio::time::sleep_until(topicless_since + idle), if self.channels.is_empty() && !idle.is_zero() => {
+                    let text = format!("no topic for {} s (limits.idle_without_topic)", idle.as_secs());
+                    self.outbox.close(CloseReason::Ended(text.into()));
+                    return;
+                }
+                farewell = &mut farewell => {
+                    self.outbox.close(CloseReason::Ended(farewell.text().into()));
                     return;
                 }
             }
         }
     }
 
-    async fn frame(&mut self, parsed: Result<Inbound, FrameError>) {
+    async fn frame(&mut self, parsed: Result<Inbound, FrameError>, bytes: usize) {
         let frame = match parsed {
             Ok(frame) => frame,
             Err(error) => {
@@ -180,6 +198,10 @@ impl Socket {
                 return;
             }
         };
+        let topic = self.channels.get(&frame.topic);
+        if let Err(refusal) = self.permit.message_in(bytes).and_then(|()| topic.map_or(Ok(()), Channel::message_in)) {
+            return self.answer(&frame, "error", json!({ "reason": refusal.phoenix_reason() }));
+        }
         match (frame.topic.as_str(), frame.event.as_str()) {
             ("phoenix", "heartbeat") => self.answer(&frame, "ok", json!({})),
             (_, "phx_join") => self.join(frame).await,

@@ -11,24 +11,36 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
-use futures_util::stream;
-use walcast_engine::{Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, outbox};
+use walcast_engine::{
+    Asked, CloseReason, OutboxReader, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, model::Claims, outbox,
+};
 use walcast_protocol::sse;
 
 use crate::http::{
-    App, Connection,
+    App,
     identity::{Caller, query_pairs},
+    limits::{ClientAddress, ConnectionPermit},
     refusal::Refusal,
 };
 
 /// A quiet stream's position moves at least this often.
 const QUIET: Duration = Duration::from_secs(10);
 
-pub async fn changes(State(app): State<App>, Caller(claims): Caller, uri: Uri, headers: HeaderMap) -> Result<Response, Refusal> {
-    let connection = app.admit().ok_or_else(full)?;
-    let asked = parse(&uri)?;
+pub async fn changes(
+    State(app): State<App>,
+    Caller(claims): Caller,
+    address: ClientAddress,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Response> {
+    let permit = app.admit(address, &claims).map_err(IntoResponse::into_response)?;
+    stream(app, claims, permit, &uri, &headers).await.map_err(IntoResponse::into_response)
+}
+
+async fn stream(app: App, claims: Claims, permit: ConnectionPermit, uri: &Uri, headers: &HeaderMap) -> Result<Response, Refusal> {
+    let asked = parse(uri)?;
     let last = headers.get("last-event-id").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let last = last.or_else(|| query_pairs(&uri).into_iter().find(|(key, _)| key == "last_event_id").map(|(_, value)| value));
+    let last = last.or_else(|| query_pairs(uri).into_iter().find(|(key, _)| key == "last_event_id").map(|(_, value)| value));
     let after = match last.as_deref().filter(|text| !text.is_empty()) {
         Some(text) => Some(text.parse().map_err(|error| {
             Refusal::new(StatusCode::BAD_REQUEST, "bad_position", format!("{error}"))
@@ -42,8 +54,8 @@ pub async fn changes(State(app): State<App>, Caller(claims): Caller, uri: Uri, h
     let opened = app.engine.subscribe(request).await.map_err(refused)?;
     let first = vec![Bytes::from_static(b"retry: 1000\n\n"), opened.sse_opening()];
     let handle = opened.release(first);
-    let live = Live { app, reader, handle: Some(handle), expires_at, _connection: connection };
-    let body = Body::from_stream(stream::unfold(Some(live), next));
+    let live = Live { app, reader, handle: Some(handle), expires_at, permit };
+    let body = Body::from_stream(futures_util::stream::unfold(Some(live), next));
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         (header::CACHE_CONTROL, "no-cache, no-transform"),
@@ -59,7 +71,7 @@ struct Live {
     /// Dropped with the stream: nothing of it stays.
     handle: Option<SubscriptionHandle>,
     expires_at: u64,
-    _connection: Connection,
+    permit: ConnectionPermit,
 }
 
 async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<Live>)> {
@@ -73,16 +85,19 @@ async fn next(live: Option<Live>) -> Option<(Result<Bytes, Infallible>, Option<L
         tokio::select! {
             taken = live.reader.take(&mut frames) => return match taken {
                 // Everything that is waiting goes out as one chunk: one write.
-                Ok(()) => Some((Ok(join(frames)), Some(live))),
+                Ok(()) => {
+                    live.permit.pace_out(frames.len() as u32).await;
+                    Some((Ok(join(frames)), Some(live)))
+                }
                 Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
-                Err(CloseReason::Ended(reason)) => last_words("closed", reason),
+                Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
                 Err(CloseReason::Gone) => None,
             },
             () = until(live.expires_at) => {
                 live.handle = None;
                 return last_words("expired", "the token has expired: reconnect with a new one");
             }
-            () = live.app.closing.cancelled() => return last_words("closed", "the server is shutting down: reconnect to resume"),
+            () = live.app.drain.begun() => return last_words("closed", "the server is shutting down: reconnect to resume"),
             () = tokio::time::sleep(QUIET) => {
                 if let Some(handle) = &live.handle {
                     let position = live.app.engine.announced();
@@ -148,11 +163,6 @@ fn event(value: String) -> Result<String, Refusal> {
         _ => Err(Refusal::new(StatusCode::BAD_REQUEST, "unknown_event", format!("there is no event `{value}`"))
             .hint("use INSERT, UPDATE, DELETE or *")),
     }
-}
-
-pub fn full() -> Refusal {
-    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "too_many_connections", "the server has as many connections as it may")
-        .hint("try again later, or raise server.max_connections")
 }
 
 fn refused(error: SubscribeError) -> Refusal {
