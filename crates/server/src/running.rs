@@ -20,6 +20,7 @@ use crate::{
         self, App, DemoSession,
         drain::Drain,
         limits::{Limits, Sizes, TrustedProxies},
+        sse::Sse,
     },
     settings::{self, Settings, TagRuleSettings},
 };
@@ -40,9 +41,12 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     let address = listener.local_addr().map_err(|error| Failure::new("cannot_listen", error.to_string()))?;
     // Before the engine: counters that are registered with no recorder count for nobody.
     let metrics = recorder();
-    let engine = Engine::start(engine_config(settings)?).await.map_err(|error| engine_failure(&error))?;
+    let config = engine_config(settings)?;
+    let sse = Arc::new(Sse::new(settings, &config.auth.jwt_secret));
+    let engine = Engine::start(config).await.map_err(|error| engine_failure(&error))?;
     let drain = Drain::default();
-    let app = App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), drain: drain.clone() };
+    let app =
+        App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), sse, drain: drain.clone() };
     let serving = tokio::spawn(http::serve(listener, app));
     Ok(Running { engine, address, drain, window: settings.server.drain, serving })
 }

@@ -54,6 +54,7 @@ pub struct App {
     pub metrics: PrometheusHandle,
     /// Only `walcast dev` serves the demo and its keys.
     pub demo: Option<Arc<DemoSession>>,
+    pub sse: Arc<sse::Sse>,
     /// Long connections end themselves when it says so.
     pub drain: Drain,
 }
@@ -79,6 +80,8 @@ pub fn router(app: App) -> Router {
         .route("/realtime/v1/websocket", get(realtime::upgrade))
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
+        .route("/sse/v1/ticket", post(sse::ticket::post))
+        .route("/admin/v1/sse", get(sse::statistics))
         .route("/query/v1", post(query::batch::post))
         .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
@@ -102,7 +105,8 @@ pub fn router(app: App) -> Router {
         .route("/storage/v1/{*rest}", elsewhere())
         // Before the layer, which answers OPTIONS also where only other methods are refused.
         .method_not_allowed_fallback(pages::method_not_allowed)
-        .layer(from_any_page());
+        .layer(from_any_page())
+        .layer(axum::middleware::from_fn_with_state(app.clone(), sse::asker::credentials));
     if app.demo.is_some() {
         // Without a word to other origins: the page's own keys are for the page.
         router = router
@@ -124,7 +128,8 @@ fn elsewhere() -> MethodRouter<App> {
     get(pages::elsewhere).post(pages::elsewhere).put(pages::elsewhere).patch(pages::elsewhere).delete(pages::elsewhere)
 }
 
-/// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
+/// Tokens travel in headers, so any page may ask; it learns nothing without one. A cookie counts for event streams alone,
+/// and for pages of allowed origins: [`sse::asker::credentials`].
 fn from_any_page() -> CorsLayer {
     let told = [
         "cache-status",
