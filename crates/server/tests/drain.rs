@@ -49,7 +49,8 @@ async fn socket(url: &str, token: &str) -> Result<(RealtimeSocket, String)> {
 async fn p2_on_drain_clients_leave_spread_over_the_window_and_resume_at_the_next_server() -> Result<()> {
     const SOCKETS: usize = 200;
     const STREAMS: usize = 50;
-    let (postgres, mut server) = serving(&[("WALCAST_SERVER__DRAIN", "4s"), ("WALCAST_SSE__MAX_STREAMS_PER_RESOURCE", "0")]).await?;
+    let (postgres, mut server) =
+        serving(&[("WALCAST_SERVER__DRAIN", "4s"), ("WALCAST_SSE__MAX_STREAMS_PER_RESOURCE", "0")]).await?;
     let token = server.token("authenticated", Some(ADA));
     let url = format!("{}/sse/v1/changes?table=plain", server.url);
     let mut leaving = Vec::new();

@@ -74,7 +74,10 @@ async fn p7_one_address_has_so_many_connections_and_only_a_trusted_proxy_says_wh
     let refused = RealtimeSocket::connect(&server.url, &token, Vsn::V2).await.err().context("was let in")?;
     let refused = refused.downcast_ref::<Refused>().context("no answer")?;
     assert_eq!(refused.status, 429);
-    assert!(refused.body.contains("ConnectionRateLimitReached") && refused.body.contains("limits.connections_per_ip"), "{refused}");
+    assert!(
+        refused.body.contains("ConnectionRateLimitReached") && refused.body.contains("limits.connections_per_ip"),
+        "{refused}"
+    );
     server.stop().await
 }
 
@@ -119,7 +122,10 @@ async fn p7_a_tenant_has_so_many_connections_and_joins_and_is_counted() -> Resul
         }
     }
     let refusal = refusal.context("forty joins were let in")?;
-    assert!(refusal.starts_with("ClientJoinRateLimitReached: ") && refusal.contains("joins_per_second_per_tenant = 1"), "{refusal}");
+    assert!(
+        refusal.starts_with("ClientJoinRateLimitReached: ") && refusal.contains("joins_per_second_per_tenant = 1"),
+        "{refusal}"
+    );
     three.join_ok("realtime:b", plain(), Some(&of("south"))).await?;
 
     drop((one, two));
@@ -169,7 +175,9 @@ async fn p7_joins_frames_and_subscribers_have_limits_with_upstreams_codes() -> R
     }
     assert!(flood.starts_with("MessageRateLimitReached: Too many messages per second"), "{flood}");
     assert!(flood.contains("limits.messages_in_per_second_per_connection = 5"), "{flood}");
-    for setting in ["joins_per_second_per_connection", "subscribers_per_topic", "payload_bytes", "messages_in_per_second_per_connection"] {
+    for setting in
+        ["joins_per_second_per_connection", "subscribers_per_topic", "payload_bytes", "messages_in_per_second_per_connection"]
+    {
         ensure!(reached(&server, &format!("limits.{setting}")).await? > 0, "{setting} was not counted");
     }
     // Nobody else noticed.

@@ -100,18 +100,21 @@ async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader
     loop {
         match reader.take(&mut frames).await {
             Ok(()) => {
-                permit.pace_out(frames.len() as u32).await;
-                let sent = tokio::time::timeout(WRITE, async {
-                    for frame in frames.drain(..) {
-                        // Frames are JSON that we encoded: a wrong one would be ours, and is dropped.
-                        if let Ok(text) = Utf8Bytes::try_from(frame) {
-                            sink.feed(Message::Text(text)).await?;
+                while !frames.is_empty() {
+                    let may_go = frames.len().min(permit.out_at_once());
+                    permit.pace_out(may_go).await;
+                    let sent = tokio::time::timeout(WRITE, async {
+                        for frame in frames.drain(..may_go) {
+                            // Frames are JSON that we encoded: a wrong one would be ours, and is dropped.
+                            if let Ok(text) = Utf8Bytes::try_from(frame) {
+                                sink.feed(Message::Text(text)).await?;
+                            }
                         }
+                        sink.flush().await
+                    });
+                    if !matches!(sent.await, Ok(Ok(()))) {
+                        return;
                     }
-                    sink.flush().await
-                });
-                if !matches!(sent.await, Ok(Ok(()))) {
-                    return;
                 }
             }
             Err(reason) => {

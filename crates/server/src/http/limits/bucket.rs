@@ -38,7 +38,7 @@ impl Bucket {
     }
 
     /// Takes `n`, or says how long until it could.
-    pub fn take(&self, n: u32) -> Result<(), Duration> {
+    pub fn take(&self, n: usize) -> Result<(), Duration> {
         let Some(limiter) = &self.0 else { return Ok(()) };
         in_bursts(n, |n| limiter.check_n(n).map(|taken| taken.map_err(wait)).map_err(|most| most.0))
     }
@@ -50,7 +50,7 @@ impl Buckets {
         Buckets { limiter, hasher: RandomState::new(), asked: AtomicU32::new(0), is_full: AtomicBool::new(false) }
     }
 
-    pub fn take(&self, name: &str, n: u32) -> Result<(), Duration> {
+    pub fn take(&self, name: &str, n: usize) -> Result<(), Duration> {
         let Some(limiter) = &self.limiter else { return Ok(()) };
         if self.asked.fetch_add(1, Ordering::Relaxed) % SWEEP_EVERY == SWEEP_EVERY - 1 {
             limiter.retain_recent();
@@ -76,8 +76,8 @@ fn quota(per_second: u32, burst_seconds: u32) -> Option<Quota> {
 }
 
 /// More than a whole burst could never be had at once: a full bucket is enough for it.
-fn in_bursts(n: u32, take: impl Fn(NonZeroU32) -> Result<Result<(), Duration>, u32>) -> Result<(), Duration> {
-    let Some(n) = NonZeroU32::new(n) else { return Ok(()) };
+fn in_bursts(n: usize, take: impl Fn(NonZeroU32) -> Result<Result<(), Duration>, u32>) -> Result<(), Duration> {
+    let Some(n) = NonZeroU32::new(u32::try_from(n).unwrap_or(u32::MAX)) else { return Ok(()) };
     match take(n) {
         Ok(taken) => taken,
         Err(burst) => NonZeroU32::new(burst).and_then(|burst| take(burst).ok()).unwrap_or(Ok(())),

@@ -60,6 +60,7 @@ pub struct Sizes {
 struct Shared {
     settings: LimitsSettings,
     max_connections: u64,
+    out_at_once: usize,
     connections: AtomicU64,
     connects: Bucket,
     by_address: Tally<ClientAddress>,
@@ -108,8 +109,15 @@ pub struct TenantCount {
 
 impl Limits {
     pub fn new(settings: &LimitsSettings, sizes: &Sizes, trusted_proxies: TrustedProxies) -> Limits {
+        metrics::describe_counter!(
+            "walcast_limits_reached_total",
+            "Times a limit refused somebody or made messages wait, by its setting"
+        );
+        metrics::describe_gauge!("walcast_connections", "Open WebSockets and event streams");
+        metrics::describe_gauge!("walcast_sse_streams", "Open event streams");
         let shared = Shared {
             max_connections: sizes.max_connections,
+            out_at_once: settings.out_at_once(),
             connections: AtomicU64::new(0),
             connects: Bucket::new(settings.connects_per_second, 1),
             by_address: Tally::default(),
@@ -192,6 +200,18 @@ impl Limits {
     }
 }
 
+impl LimitsSettings {
+    /// A tenth of a second's worth; everything, where nothing out is limited.
+    fn out_at_once(&self) -> usize {
+        let rates = [
+            self.messages_out_per_second_per_connection,
+            self.messages_out_per_second_per_topic,
+            self.messages_out_per_second_per_tenant,
+        ];
+        rates.into_iter().filter(|rate| *rate > 0).min().map_or(usize::MAX, |rate| (rate / 10).max(1) as usize)
+    }
+}
+
 impl Shared {
     fn connection_of(&self, tenant: &str) -> Result<Held<Arc<str>>, LimitRefusal> {
         let most = self.settings.connections_per_tenant;
@@ -242,8 +262,13 @@ impl ConnectionPermit {
         self.0.messages_in.take(1).map_err(|wait| LimitRefusal::new(Limit::MessagesInPerConnection, most.into(), wait))
     }
 
+    /// How many messages may be paced together, so that those which may go do not wait for those which may not.
+    pub fn out_at_once(&self) -> usize {
+        self.0.shared.out_at_once
+    }
+
     /// Before `messages` go out: waits until they may. What comes meanwhile fills the outbox, which has its own bound.
-    pub async fn pace_out(&self, messages: u32) {
+    pub async fn pace_out(&self, messages: usize) {
         let most = self.0.shared.settings.messages_out_per_second_per_connection;
         pace(Limit::MessagesOutPerConnection, most, || self.0.messages_out.take(messages)).await;
     }
@@ -263,7 +288,7 @@ impl TopicPermit {
     }
 
     /// Beside [`ConnectionPermit::pace_out`]: the topic's and the tenant's limits.
-    pub async fn pace_out(&self, messages: u32) {
+    pub async fn pace_out(&self, messages: usize) {
         let shared = &self.connection.0.shared;
         let settings = &shared.settings;
         let most = settings.messages_out_per_second_per_topic;

@@ -59,14 +59,17 @@ pub async fn changes(State(app): State<App>, address: ClientAddress, uri: Uri, h
     let resource = resource.map_err(refused)?;
     let after = cursor(&resource, &headers).map_err(refused)?;
     let permit = app.admit(address, &claims).map_err(IntoResponse::into_response)?;
-    let open = app.sse.streams.open(&resource.watched(), &user(&claims, address)).map_err(IntoResponse::into_response)?;
+    let watched = resource.watched();
+    let tenant = app.engine.tenant_of(&claims);
+    let topic = permit.join(&watched, tenant.as_deref()).map_err(IntoResponse::into_response)?;
+    let open = app.sse.streams.open(&watched, &user(&claims, address)).map_err(IntoResponse::into_response)?;
 
     let (sender, reader) = outbox(app.limits.outbox_bytes);
     let request = SubscribeRequest { claims, asked: vec![resource.asked], shape: Shape::Sse, outbox: sender, after };
     let opened = app.engine.subscribe(request).await.map_err(|error| refused(not_subscribed(&error)))?;
     let first = vec![stream::retry(), opened.sse_opening()];
     let handle = opened.release(first);
-    let body = stream::body(Live { app, reader, handle, open, permit, expires_at });
+    let body = stream::body(Live { app, reader, handle, open, permit, topic, expires_at });
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         // Proxies that store, compress or buffer would hold events back.

@@ -13,7 +13,11 @@ use walcast_engine::{CloseReason, OutboxReader, SubscriptionHandle};
 use walcast_protocol::sse;
 
 use super::streams::OpenStream;
-use crate::http::{App, drain::Farewell, limits::ConnectionPermit};
+use crate::http::{
+    App,
+    drain::Farewell,
+    limits::{ConnectionPermit, TopicPermit},
+};
 
 /// A quiet stream says at least so often where it stands. Proxies give up after 30 s and more.
 const QUIET: Duration = Duration::from_secs(10);
@@ -27,12 +31,15 @@ pub struct Live {
     pub handle: SubscriptionHandle,
     pub open: OpenStream,
     pub permit: ConnectionPermit,
+    pub topic: TopicPermit,
     /// Of the token or the ticket, in seconds since 1970.
     pub expires_at: u64,
 }
 
 struct Going {
     live: Live,
+    /// Taken from the outbox, and not yet allowed out.
+    waiting: Vec<Bytes>,
     farewell: Pin<Box<dyn Future<Output = Farewell> + Send>>,
 }
 
@@ -44,22 +51,23 @@ pub fn retry() -> Bytes {
 pub fn body(live: Live) -> Body {
     let drain = live.app.drain.clone();
     let farewell = Box::pin(async move { drain.farewell().await });
-    Body::from_stream(stream::unfold(Some(Going { live, farewell }), next))
+    Body::from_stream(stream::unfold(Some(Going { live, waiting: Vec::new(), farewell }), next))
 }
 
 /// With the last words everything of the stream is dropped.
 async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option<Going>)> {
     let mut going = going?;
     let live = &mut going.live;
-    let mut frames = Vec::new();
+    if !going.waiting.is_empty() {
+        let sent = live.send(&mut going.waiting).await;
+        return Some((Ok(sent), Some(going)));
+    }
     let quiet = tokio::time::sleep(QUIET);
     let said = tokio::select! {
-        taken = live.reader.take(&mut frames) => match taken {
+        taken = live.reader.take(&mut going.waiting) => match taken {
             Ok(()) => {
-                live.permit.pace_out(frames.len() as u32).await;
-                live.open.delivered(frames.iter().filter(|frame| is_change(frame)).count() as u64);
-                // Everything that is waiting goes out as one chunk: one write.
-                return Some((Ok(join(frames)), Some(going)));
+                let sent = live.send(&mut going.waiting).await;
+                return Some((Ok(sent), Some(going)));
             }
             Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
             Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
@@ -77,6 +85,18 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
         }
     };
     Some((Ok(said), None))
+}
+
+impl Live {
+    /// Everything that may go out together goes as one chunk: one write.
+    async fn send(&mut self, waiting: &mut Vec<Bytes>) -> Bytes {
+        let may_go = waiting.len().min(self.permit.out_at_once());
+        self.permit.pace_out(may_go).await;
+        self.topic.pace_out(may_go).await;
+        let sent: Vec<_> = if may_go == waiting.len() { std::mem::take(waiting) } else { waiting.drain(..may_go).collect() };
+        self.open.delivered(sent.iter().filter(|frame| is_change(frame)).count() as u64);
+        join(sent)
+    }
 }
 
 /// The position, or a comment where the stream stands ahead of it: after a restart, until the log has caught up.

@@ -106,7 +106,7 @@ pub async fn post(State(app): State<App>, uri: Uri, headers: HeaderMap, body: By
     };
     let wanted: Wanted = object::read(&body).map_err(|error| bad(format!("the body is not what it should be: {error}")))?;
     let wanted_uri: Uri = wanted.resource.parse().map_err(|error| bad(format!("`resource` is no path with a query: {error}")))?;
-    if wanted_uri.path() != PATH || wanted_uri.host().is_some() {
+    if wanted_uri.path() != PATH || wanted_uri.host().is_some() || wanted.resource.contains('#') {
         return Err(bad(format!("there are tickets for {PATH} alone")));
     }
     if ["ticket", "apikey", "last_event_id"].iter().any(|name| query_parameter(&wanted_uri, name).is_some()) {
