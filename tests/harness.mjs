@@ -19,10 +19,10 @@ const ENDED_WITHIN_MS = 30_000
 
 /**
  * → { url, anonKey, serviceKey, token, databaseUrl, providerUserId, state, stop() }; `state` is null where we did not start it.
- * `token` is provider 1's.
+ * `token` is provider 1's. `settings` are variables such as WALCAST_SSE__COOKIE, for the one that we start.
  */
-export async function runningWalcast() {
-  return process.env.WALCAST_URL ? given() : started()
+export async function runningWalcast(settings = {}) {
+  return process.env.WALCAST_URL ? given() : started(settings)
 }
 
 /** A connection that may write everything, as an application's backend does. */
@@ -47,7 +47,7 @@ function given() {
   }
 }
 
-async function started() {
+async function started(settings) {
   if (!existsSync(BINARY)) fail(`${BINARY} is missing; build it with: cargo build -p walcast-server`)
   const folder = await mkdtemp(join(tmpdir(), 'walcast-test-'))
   // As root, `dev` runs its PostgreSQL as another user, who must be able to walk through this folder.
@@ -55,7 +55,7 @@ async function started() {
 
   const child = spawn(BINARY, ['dev'], {
     cwd: ROOT,
-    env: { ...withoutOurOwn(process.env), WALCAST_DEV_DIR: folder, WALCAST_LISTEN: '127.0.0.1:0' },
+    env: { ...withoutOurOwn(process.env), WALCAST_DEV_DIR: folder, WALCAST_LISTEN: '127.0.0.1:0', ...settings },
     stdio: ['ignore', 'pipe', 'pipe'],
   })
   const said = tail(child)

@@ -139,7 +139,7 @@ impl Outbox {
     }
 
     /// Whoever reads hears when there is room again.
-    pub(crate) fn want_room(&self) {
+    pub fn want_room(&self) {
         let mut state = self.0.state.lock();
         state.wanted = true;
         self.wake(state);

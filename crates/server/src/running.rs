@@ -2,13 +2,12 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, OnceLock, atomic::AtomicUsize},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 use walcast_engine::{
     ConnectConfig, Engine, EngineError, EventMask,
     config::{AuthConfig, CacheSettings, Deaf, EngineConfig, RealtimeLimits, StreamLimits, TagRuleConfig},
@@ -17,14 +16,20 @@ use walcast_engine::{
 
 use crate::{
     failure::Failure,
-    http::{self, App, DemoSession, Limits},
+    http::{
+        self, App, DemoSession,
+        drain::Drain,
+        limits::{Limits, Sizes, TrustedProxies},
+        sse::Sse,
+    },
     settings::{self, Settings, TagRuleSettings},
 };
 
 pub struct Running {
     pub engine: Engine,
     pub address: SocketAddr,
-    closing: CancellationToken,
+    drain: Drain,
+    window: Duration,
     serving: JoinHandle<std::io::Result<()>>,
 }
 
@@ -36,24 +41,15 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     let address = listener.local_addr().map_err(|error| Failure::new("cannot_listen", error.to_string()))?;
     // Before the engine: counters that are registered with no recorder count for nobody.
     let metrics = recorder();
-    let engine = Engine::start(engine_config(settings)?).await.map_err(|error| engine_failure(&error))?;
-    let closing = CancellationToken::new();
-    let app = App {
-        engine: engine.clone(),
-        limits: Limits {
-            max_topics: settings.realtime.max_topics_per_connection as usize,
-            max_frame_bytes: settings.realtime.max_frame_bytes as usize,
-            max_connections: settings.server.max_connections as usize,
-            max_value_bytes: settings.cache.max_value_bytes as usize,
-        },
-        metrics,
-        demo: demo.map(Arc::new),
-        closing: closing.clone(),
-        connections: Arc::new(AtomicUsize::new(0)),
-    };
-    tokio::spawn(tend(app.metrics.clone(), closing.clone()));
+    let config = engine_config(settings)?;
+    let sse = Arc::new(Sse::new(settings, &config.auth.jwt_secret));
+    let engine = Engine::start(config).await.map_err(|error| engine_failure(&error))?;
+    let drain = Drain::default();
+    let app =
+        App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), sse, drain: drain.clone() };
+    tokio::spawn(tend(app.metrics.clone(), drain.clone()));
     let serving = tokio::spawn(http::serve(listener, app));
-    Ok(Running { engine, address, closing, serving })
+    Ok(Running { engine, address, drain, window: settings.server.drain, serving })
 }
 
 impl Running {
@@ -61,19 +57,42 @@ impl Running {
         format!("http://{}", self.address)
     }
 
-    /// Says goodbye to every connection, then lets go of the slot.
+    /// Says goodbye to every connection, spread over `server.drain`, then lets go of the slot.
+    pub async fn drain(self) {
+        let window = self.window;
+        self.stop_within(window).await;
+    }
+
+    /// The same, to all at once.
     pub async fn stop(self) {
-        self.closing.cancel();
+        self.stop_within(Duration::ZERO).await;
+    }
+
+    async fn stop_within(self, window: Duration) {
+        self.drain.begin(window);
         let _ = self.serving.await;
         self.engine.stop().await;
     }
 }
 
 /// Times that are recorded wait in blocks until somebody reads `/metrics`: where nobody does, they would grow for ever.
-async fn tend(metrics: PrometheusHandle, closing: CancellationToken) {
-    while closing.run_until_cancelled(tokio::time::sleep(Duration::from_secs(5))).await.is_some() {
+async fn tend(metrics: PrometheusHandle, drain: Drain) {
+    while tokio::time::timeout(Duration::from_secs(5), drain.over()).await.is_err() {
         metrics.run_upkeep();
     }
+}
+
+fn limits(settings: &Settings) -> Result<Limits, Failure> {
+    let sizes = Sizes {
+        max_topics: settings.realtime.max_topics_per_connection as usize,
+        max_frame_bytes: settings.realtime.max_frame_bytes as usize,
+        max_value_bytes: settings.cache.max_value_bytes as usize,
+        max_connections: settings.server.max_connections,
+    };
+    let proxies = TrustedProxies::parse(&settings.server.trusted_proxies).map_err(|text| {
+        Failure::usage("bad_proxy", format!("server.trusted_proxies: {text:?} is neither an IP address nor a network"))
+    })?;
+    Ok(Limits::new(&settings.limits, &sizes, proxies))
 }
 
 /// One per process: counters live as long as it does.

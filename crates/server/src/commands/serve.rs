@@ -20,8 +20,15 @@ pub async fn run(settings: Settings) -> Result<ExitCode, Failure> {
         () = reload_on_hangup(&running) => None,
         task = running.engine.failed() => Some(task),
     };
-    tracing::info!("ending: connections are closed, the slot is let go");
-    running.stop().await;
+    tracing::info!("ending: connections are sent away, then the slot is let go; a second signal ends at once");
+    let ended = tokio::select! {
+        () = running.drain() => true,
+        () = told_to_end() => false,
+    };
+    if !ended {
+        tracing::warn!("told to end again: ending at once");
+        return Ok(ExitCode::FAILURE);
+    }
     match failed {
         None => Ok(ExitCode::SUCCESS),
         Some(task) => Err(Failure::new("task_died", format!("the task `{task}` died; the log above says why"))

@@ -6,6 +6,7 @@ use axum::{
     http::{StatusCode, header},
     response::IntoResponse,
 };
+use serde_json::json;
 use walcast_engine::Readiness;
 
 use crate::http::App;
@@ -15,7 +16,12 @@ pub async fn alive() -> &'static str {
 }
 
 pub async fn ready(State(app): State<App>) -> impl IntoResponse {
-    let health = app.engine.health();
+    let mut health = app.engine.health();
+    if app.drain.has_begun() {
+        health.readiness = Readiness::NotReady;
+        health.report["ready"] = false.into();
+        health.report["reasons"] = json!(["draining: the server has been told to end"]);
+    }
     let status = match health.readiness {
         Readiness::Ready => StatusCode::OK,
         Readiness::NotReady => StatusCode::SERVICE_UNAVAILABLE,
@@ -25,5 +31,5 @@ pub async fn ready(State(app): State<App>) -> impl IntoResponse {
 
 pub async fn metrics(State(app): State<App>) -> impl IntoResponse {
     app.engine.refresh_gauges();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render())
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render() + &app.limits.tenant_metrics())
 }

@@ -2,14 +2,16 @@
 //!
 //! [`realtime`]: WebSocket for Supabase clients. [`sse`]: event streams. [`cache`], [`query`]: reads.
 //! [`health`], [`admin`]: for operators. [`tiers`]: what every answer says of a tier that is away. [`identity`]: who is asking.
-//! [`uploads`]: bodies on their way in. [`header_lines`], [`etag`]: what a request's headers say. Errors are [`refusal::Refusal`]s.
+//! [`limits`]: how much of it. [`drain`]: how it ends. [`uploads`]: bodies on their way in. [`header_lines`], [`etag`]: what a request's headers say. Errors are [`refusal::Refusal`]s.
 
 pub mod admin;
 pub mod cache;
+pub mod drain;
 pub mod etag;
 pub mod header_lines;
 pub mod health;
 pub mod identity;
+pub mod limits;
 mod object;
 pub mod openapi;
 pub mod pages;
@@ -20,14 +22,7 @@ pub mod sse;
 pub mod tiers;
 pub mod uploads;
 
-use std::{
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -39,11 +34,17 @@ use axum::{
 };
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 use tower_http::cors::{AllowHeaders, Any, CorsLayer};
-use walcast_engine::Engine;
+use walcast_engine::{Engine, model::Claims};
 
+use drain::Drain;
+use limits::{ClientAddress, ConnectionPermit, Limit, LimitRefusal, Limits};
 pub use pages::DemoSession;
+
+/// Sent, but not acknowledged for so long: the connection is gone.
+const UNHEARD: Duration = Duration::from_secs(60);
+/// What requests that are not long have to end in, once the drain is over.
+const SHORT_REQUESTS: Duration = Duration::from_secs(5);
 
 /// What the handlers share.
 #[derive(Clone)]
@@ -53,36 +54,18 @@ pub struct App {
     pub metrics: PrometheusHandle,
     /// Only `walcast dev` serves the demo and its keys.
     pub demo: Option<Arc<DemoSession>>,
-    /// Cancelled when the server drains: long connections end themselves.
-    pub closing: CancellationToken,
-    pub connections: Arc<AtomicUsize>,
+    pub sse: Arc<sse::Sse>,
+    /// Long connections end themselves when it says so.
+    pub drain: Drain,
 }
-
-#[derive(Debug, Clone)]
-pub struct Limits {
-    pub max_topics: usize,
-    pub max_frame_bytes: usize,
-    pub max_connections: usize,
-    pub max_value_bytes: usize,
-}
-
-/// Counts a long connection for as long as it lives.
-pub struct Connection(Arc<AtomicUsize>);
 
 impl App {
-    /// None if the server is full.
-    pub fn admit(&self) -> Option<Connection> {
-        let taken = Connection(self.connections.clone());
-        let before = self.connections.fetch_add(1, Ordering::AcqRel);
-        metrics::gauge!("walcast_connections").set((before + 1) as f64);
-        (before < self.limits.max_connections).then_some(taken)
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        let before = self.0.fetch_sub(1, Ordering::AcqRel);
-        metrics::gauge!("walcast_connections").set(before.saturating_sub(1) as f64);
+    /// A long connection, if limits allow it and the server is not about to end.
+    pub fn admit(&self, address: ClientAddress, claims: &Claims) -> Result<ConnectionPermit, LimitRefusal> {
+        if self.drain.has_begun() {
+            return Err(LimitRefusal::new(Limit::Draining, 0, self.drain.hint().retry));
+        }
+        self.limits.admit(address, self.engine.tenant_of(claims).as_deref(), self.drain.alive())
     }
 }
 
@@ -97,6 +80,8 @@ pub fn router(app: App) -> Router {
         .route("/realtime/v1/websocket", get(realtime::upgrade))
         .route("/socket/websocket", get(realtime::upgrade))
         .route("/sse/v1/changes", get(sse::changes))
+        .route("/sse/v1/ticket", post(sse::ticket::post))
+        .route("/admin/v1/sse", get(sse::statistics))
         .route("/query/v1", post(query::batch::post))
         .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
@@ -125,7 +110,8 @@ pub fn router(app: App) -> Router {
         .route("/storage/v1/{*rest}", elsewhere())
         // Before the layer, which answers OPTIONS also where only other methods are refused.
         .method_not_allowed_fallback(pages::method_not_allowed)
-        .layer(from_any_page());
+        .layer(from_any_page())
+        .layer(axum::middleware::from_fn_with_state(app.clone(), sse::asker::credentials));
     if app.demo.is_some() {
         // Without a word to other origins: the page's own keys are for the page.
         router = router
@@ -147,7 +133,8 @@ fn elsewhere() -> MethodRouter<App> {
     get(pages::elsewhere).post(pages::elsewhere).put(pages::elsewhere).patch(pages::elsewhere).delete(pages::elsewhere)
 }
 
-/// Tokens travel in headers, never in cookies, so any page may ask; it learns nothing without one.
+/// Tokens travel in headers, so any page may ask; it learns nothing without one. A cookie counts for event streams alone,
+/// and for pages of allowed origins: [`sse::asker::credentials`].
 fn from_any_page() -> CorsLayer {
     let told = [
         "cache-status",
@@ -189,20 +176,24 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
     })
 }
 
-/// Serves until `closing` is cancelled, then lets short requests end.
+/// Serves until the drain is over, then lets short requests end.
 pub async fn serve(listener: TcpListener, app: App) -> std::io::Result<()> {
-    let closing = app.closing.clone();
-    // Else an event that follows another at once waits until the client acknowledges the first: up to 40 ms.
+    let drain = app.drain.clone();
     let listener = listener.tap_io(|connection| {
+        // Else an event that follows another at once waits until the client acknowledges the first: up to 40 ms.
         let _ = connection.set_nodelay(true);
+        // A client that vanished without a word, or that reads nothing of what is sent it, is found by our own pings
+        // and positions that it leaves unacknowledged. Else Linux would try for a quarter of an hour.
+        let _ = socket2::SockRef::from(&*connection).set_tcp_user_timeout(Some(UNHEARD));
     });
+    let over = drain.clone();
     let router = router(app).into_make_service_with_connect_info::<SocketAddr>();
-    let served = axum::serve(listener, router).with_graceful_shutdown(closing.clone().cancelled_owned());
+    let served = axum::serve(listener, router).with_graceful_shutdown(async move { over.over().await });
     tokio::select! {
         ended = served => ended,
         () = async {
-            closing.cancelled().await;
-            tokio::time::sleep(Duration::from_secs(5)).await;
+            drain.over().await;
+            tokio::time::sleep(SHORT_REQUESTS).await;
         } => Ok(()),
     }
 }

@@ -5,6 +5,7 @@
 //! [`reading`] takes its frames from the socket, [`channel`] holds what a topic is.
 
 mod channel;
+mod pace;
 mod reading;
 mod upgrade;
 
@@ -12,7 +13,7 @@ use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use serde_json::json;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Instant};
 use walcast_engine::{
     Attention, CloseReason, Outbox, SocketEnd, Vital,
     model::Claims,
@@ -26,7 +27,8 @@ use walcast_protocol::{
 pub use upgrade::upgrade;
 
 use crate::http::{
-    App, Connection,
+    App,
+    limits::ConnectionPermit,
     realtime::{
         channel::{Channel, Channels},
         reading::{Heard, Reading},
@@ -43,23 +45,24 @@ struct Guest {
     /// As the client calls itself.
     app: Option<String>,
     component: Option<String>,
-    _connection: Connection,
+    permit: ConnectionPermit,
 }
 
 async fn run(app: App, guest: Guest, socket: TcpStream, already_read: Bytes) {
-    let (outbox, end) = app.engine.socket_outbox(socket, goodbye);
+    let (direct, end) = app.engine.socket_outbox(socket, goodbye);
+    let outbox = pace::paced(&app.engine, direct.clone(), &guest.permit);
     let connection = app.engine.registry().connect(NewConnection {
         kind: if guest.vsn == Vsn::V2 { Kind::WebSocketV2 } else { Kind::WebSocketV1 },
         app: guest.app.as_deref(),
         component: guest.component.as_deref(),
         claims: &guest.claims,
         peer: guest.peer,
-        outbox: outbox.clone(),
+        outbox: direct,
     });
     let reading = Reading::new(already_read, app.limits.max_frame_bytes);
     let channels = Channels::new(app.limits.max_topics);
-    let Guest { vsn, key, _connection, .. } = guest;
-    Socket { channels, app, vsn, key, outbox, connection, reading, _connection }.run(end).await;
+    let Guest { vsn, key, permit, .. } = guest;
+    Socket { channels, app, vsn, key, outbox, connection, reading, permit }.run(end).await;
 }
 
 /// The last words on a connection.
@@ -82,7 +85,7 @@ struct Socket {
     channels: Channels,
     connection: ConnectionHandle,
     reading: Reading,
-    _connection: Connection,
+    permit: ConnectionPermit,
 }
 
 impl Socket {
@@ -91,8 +94,15 @@ impl Socket {
         let mut ended = !self.heard(&end).await;
         // The socket takes no more for now.
         let mut full = false;
+        let drain = self.app.drain.clone();
+        let mut farewell = std::pin::pin!(drain.farewell());
+        let idle = self.app.limits.idle_without_topic;
+        let mut topicless_since = Instant::now();
         loop {
             let next_end = self.channels.next_end();
+            if !self.channels.is_empty() {
+                topicless_since = Instant::now();
+            }
             tokio::select! {
                 readable = end.socket.readable(), if !ended => ended = readable.is_err() || !self.heard(&end).await,
                 writable = end.socket.writable(), if full => {
@@ -106,8 +116,13 @@ impl Socket {
                     Attention::Room => self.channels.catch_up(&self.app.engine).await,
                 },
                 () = until(next_end), if !ended => self.end_due(),
-                () = self.app.closing.cancelled(), if !ended => {
-                    self.outbox.end(CloseReason::Ended("the server is shutting down".into()));
+                () = tokio::time::sleep_until(topicless_since + idle), if !ended && self.channels.is_empty() && !idle.is_zero() => {
+                    let text = format!("no topic for {} s (limits.idle_without_topic)", idle.as_secs());
+                    self.outbox.end(CloseReason::Ended(text));
+                    ended = true;
+                }
+                farewell = &mut farewell, if !ended => {
+                    self.outbox.end(CloseReason::Ended(farewell.text()));
                     ended = true;
                 }
             }
@@ -128,7 +143,7 @@ impl Socket {
                 }
                 Heard::Text(text) => {
                     self.connection.heard();
-                    self.frame(Inbound::parse_text(self.vsn, &text)).await;
+                    self.frame(Inbound::parse_text(self.vsn, &text), text.len()).await;
                 }
                 Heard::Binary(bytes) => {
                     self.connection.heard();
@@ -136,7 +151,7 @@ impl Socket {
                         Vsn::V2 => Inbound::parse_binary(&bytes),
                         Vsn::V1 => Err(FrameError::Form("binary frames need vsn 2")),
                     };
-                    self.frame(parsed).await;
+                    self.frame(parsed, bytes.len()).await;
                 }
                 Heard::Pong(payload) => self.connection.pong(&payload),
                 Heard::Ping => self.connection.heard(),
@@ -163,7 +178,7 @@ impl Socket {
         }
     }
 
-    async fn frame(&mut self, parsed: Result<Inbound, FrameError>) {
+    async fn frame(&mut self, parsed: Result<Inbound, FrameError>, bytes: usize) {
         let frame = match parsed {
             Ok(frame) => frame,
             Err(error) => {
@@ -177,6 +192,10 @@ impl Socket {
                 return;
             }
         };
+        let topic = self.channels.get(&frame.topic);
+        if let Err(refusal) = self.permit.message_in(bytes).and_then(|()| topic.map_or(Ok(()), Channel::message_in)) {
+            return self.answer(&frame, "error", json!({ "reason": refusal.phoenix_reason() }));
+        }
         match (frame.topic.as_str(), frame.event.as_str()) {
             ("phoenix", "heartbeat") => self.answer(&frame, "ok", json!({})),
             (_, "phx_join") => self.join(frame).await,

@@ -35,6 +35,8 @@ pub struct Settings {
     pub queries: QueriesSettings,
     pub stream: StreamSettings,
     pub realtime: RealtimeSettings,
+    pub limits: LimitsSettings,
+    pub sse: SseSettings,
     pub log: LogSettings,
     /// `[[tags]]`, in the file's order.
     pub tags: Vec<TagRuleSettings>,
@@ -54,6 +56,9 @@ pub struct DatabaseSettings {
 pub struct ServerSettings {
     pub listen: SocketAddr,
     pub max_connections: u64,
+    pub drain: Duration,
+    pub trusted_proxies: Vec<String>,
+    pub allowed_origins: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -122,6 +127,31 @@ pub struct RealtimeSettings {
     pub leak_window: Duration,
 }
 
+/// 0 is no limit.
+#[derive(Debug, Clone, Default)]
+pub struct LimitsSettings {
+    pub connects_per_second: u32,
+    pub connections_per_ip: u64,
+    pub connections_per_tenant: u64,
+    pub joins_per_second_per_connection: u32,
+    pub joins_per_second_per_tenant: u32,
+    pub subscribers_per_topic: u64,
+    pub messages_in_per_second_per_connection: u32,
+    pub messages_in_per_second_per_topic: u32,
+    pub messages_in_per_second_per_tenant: u32,
+    pub messages_out_per_second_per_connection: u32,
+    pub messages_out_per_second_per_topic: u32,
+    pub messages_out_per_second_per_tenant: u32,
+    pub payload_bytes: u64,
+    pub idle_without_topic: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct SseSettings {
+    pub max_streams_per_resource: u64,
+    pub cookie: Option<String>,
+}
+
 #[derive(Debug, Clone)]
 pub struct LogSettings {
     pub format: LogFormat,
@@ -150,6 +180,9 @@ impl Settings {
             server: ServerSettings {
                 listen: from.address("server.listen"),
                 max_connections: from.number("server.max_connections"),
+                drain: from.time("server.drain"),
+                trusted_proxies: from.list("server.trusted_proxies"),
+                allowed_origins: from.list("server.allowed_origins"),
             },
             auth: AuthSettings {
                 jwt_secret: from.secret("auth.jwt_secret"),
@@ -196,11 +229,39 @@ impl Settings {
                 idle_timeout: from.time("realtime.idle_timeout"),
                 leak_window: from.time("realtime.leak_window"),
             },
+            limits: LimitsSettings::from_resolved(from),
+            sse: SseSettings {
+                max_streams_per_resource: from.number("sse.max_streams_per_resource"),
+                cookie: from.optional_text("sse.cookie"),
+            },
             log: LogSettings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },
                 level: from.text("log.level"),
             },
             tags: Vec::new(),
+        }
+    }
+}
+
+impl LimitsSettings {
+    fn from_resolved(from: &mut Resolved) -> LimitsSettings {
+        // The table allows no more than fits.
+        let mut rate = |key| from.number(key) as u32;
+        LimitsSettings {
+            connects_per_second: rate("limits.connects_per_second"),
+            joins_per_second_per_connection: rate("limits.joins_per_second_per_connection"),
+            joins_per_second_per_tenant: rate("limits.joins_per_second_per_tenant"),
+            messages_in_per_second_per_connection: rate("limits.messages_in_per_second_per_connection"),
+            messages_in_per_second_per_topic: rate("limits.messages_in_per_second_per_topic"),
+            messages_in_per_second_per_tenant: rate("limits.messages_in_per_second_per_tenant"),
+            messages_out_per_second_per_connection: rate("limits.messages_out_per_second_per_connection"),
+            messages_out_per_second_per_topic: rate("limits.messages_out_per_second_per_topic"),
+            messages_out_per_second_per_tenant: rate("limits.messages_out_per_second_per_tenant"),
+            connections_per_ip: from.number("limits.connections_per_ip"),
+            connections_per_tenant: from.number("limits.connections_per_tenant"),
+            subscribers_per_topic: from.number("limits.subscribers_per_topic"),
+            payload_bytes: from.number("limits.payload_bytes"),
+            idle_without_topic: from.time("limits.idle_without_topic"),
         }
     }
 }

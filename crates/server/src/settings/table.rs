@@ -37,6 +37,8 @@ const fn secret(key: &'static str, kind: Kind, example: &'static str, help: &'st
 const COUNT: Kind = Kind::Number { least: 1, most: 1_000_000_000 };
 const BYTES: Kind = Kind::Bytes { least: 1 };
 const TIME: Kind = Kind::Time { least_ms: 1 };
+/// 0 is no limit.
+const MOST: Kind = Kind::Number { least: 0, most: 1_000_000_000 };
 
 pub const SETTINGS: &[Setting] = &[
     secret(
@@ -70,6 +72,27 @@ pub const SETTINGS: &[Setting] = &[
     ),
     setting("server.listen", Kind::Address, "127.0.0.1:4000", "0.0.0.0:4000", "Address and port for HTTP and WebSocket"),
     setting("server.max_connections", COUNT, "10000", "10000", "Open client connections; more are answered 503"),
+    setting(
+        "server.drain",
+        Kind::Span,
+        "5s",
+        "30s",
+        "When told to end, connections are sent away one by one over this time, each with a hint when to return; 0s: all at once",
+    ),
+    setting(
+        "server.trusted_proxies",
+        Kind::Networks,
+        "",
+        "10.0.0.0/8,192.168.1.7",
+        "Proxies whose `X-Forwarded-For` says where a client comes from: addresses or networks",
+    ),
+    setting(
+        "server.allowed_origins",
+        Kind::Origins,
+        "",
+        "https://app.example.com",
+        "Other origins whose pages may use cookies here (`sse.cookie`); with a token any page may ask",
+    ),
     secret("auth.jwt_secret", Kind::Text, "at least 32 random bytes", "Secret that tokens are signed with (HS256, HS384, HS512)"),
     setting(
         "auth.allowed_roles",
@@ -211,6 +234,88 @@ pub const SETTINGS: &[Setting] = &[
         "10m",
         "10m",
         "What looks like a leak in an application must look so for this long before `/admin/v1/leaks` tells of it",
+    ),
+    setting(
+        "limits.connects_per_second",
+        MOST,
+        "1000",
+        "200",
+        "New connections (WebSocket and SSE) of all clients together; more are answered 503 and come back spread; 0: no limit",
+    ),
+    setting(
+        "limits.connections_per_ip",
+        MOST,
+        "0",
+        "200",
+        "Connections of one address (IPv6: of one /64); behind a proxy name it in `server.trusted_proxies`; 0: no limit",
+    ),
+    setting("limits.connections_per_tenant", MOST, "0", "5000", "Connections of one tenant (`auth.tenant_claim`); 0: no limit"),
+    setting(
+        "limits.joins_per_second_per_connection",
+        MOST,
+        "100",
+        "20",
+        "Topics that one connection joins in a second; 0: no limit",
+    ),
+    setting(
+        "limits.joins_per_second_per_tenant",
+        MOST,
+        "0",
+        "500",
+        "Topics that one tenant's clients join in a second; 0: no limit",
+    ),
+    setting("limits.subscribers_per_topic", MOST, "0", "10000", "Connections that one topic has at once; 0: no limit"),
+    setting(
+        "limits.messages_in_per_second_per_connection",
+        MOST,
+        "1000",
+        "100",
+        "Frames that one connection sends us in a second; more are refused; 0: no limit",
+    ),
+    setting("limits.messages_in_per_second_per_topic", MOST, "0", "500", "The same to one topic; 0: no limit"),
+    setting("limits.messages_in_per_second_per_tenant", MOST, "0", "2500", "The same of one tenant; 0: no limit"),
+    setting(
+        "limits.messages_out_per_second_per_connection",
+        MOST,
+        "0",
+        "500",
+        "Messages that one connection is sent in a second; more wait in its outbox, which has its own bound; 0: no limit",
+    ),
+    setting(
+        "limits.messages_out_per_second_per_topic",
+        MOST,
+        "0",
+        "50000",
+        "The same of one topic to all who hear it; 0: no limit",
+    ),
+    setting("limits.messages_out_per_second_per_tenant", MOST, "0", "100000", "The same to one tenant's clients; 0: no limit"),
+    setting(
+        "limits.payload_bytes",
+        Kind::Bytes { least: 0 },
+        "3MB",
+        "256KB",
+        "Largest message that a client may send, beside `realtime.max_frame_bytes`, which ends the connection; 0: no limit",
+    ),
+    setting(
+        "limits.idle_without_topic",
+        Kind::Span,
+        "10m",
+        "5m",
+        "A WebSocket that has joined nothing for so long is closed with a reason; 0s: never",
+    ),
+    setting(
+        "sse.max_streams_per_resource",
+        MOST,
+        "20",
+        "5",
+        "Event streams that one user has open at once on one table and filter; more are answered 429; 0: no limit",
+    ),
+    setting(
+        "sse.cookie",
+        Kind::Text,
+        "",
+        "access_token",
+        "Cookie that holds a token, for `EventSource` on pages of this origin and of `server.allowed_origins`; without it cookies mean nothing",
     ),
     setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
     setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),

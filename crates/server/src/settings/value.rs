@@ -33,6 +33,10 @@ pub enum Kind {
     /// A part of something: `20%`, or bytes.
     Share,
     List,
+    /// A list of IP addresses and networks.
+    Networks,
+    /// A list of origins as browsers send them.
+    Origins,
     Address,
     Choice(&'static [&'static str]),
     LogFilter,
@@ -123,6 +127,8 @@ impl Kind {
             (Kind::List, Raw::List(items)) => items.iter().map(|item| filled(item)).collect::<Option<_>>().map(Value::List),
             (Kind::List, Raw::Text(text)) if text.trim().is_empty() => Some(Value::List(Vec::new())),
             (Kind::List, Raw::Text(text)) => text.split(',').map(filled).collect::<Option<_>>().map(Value::List),
+            (Kind::Networks, raw) => Kind::List.parse(raw).filter(|value| every(value, is_network)),
+            (Kind::Origins, raw) => Kind::List.parse(raw).filter(|value| every(value, is_origin)),
             (Kind::Address, Raw::Text(text)) => text.parse().ok().map(Value::Address),
             (Kind::Choice(choices), Raw::Text(text)) => choices.contains(&text.as_str()).then(|| Value::Text(text.clone())),
             (Kind::LogFilter, Raw::Text(text)) => {
@@ -147,6 +153,8 @@ impl Kind {
             Kind::Percent { least, most } => format!("a share from \"{least}%\" to \"{most}%\""),
             Kind::Share => "a share from \"1%\" to \"99%\", or a size with KB, MB, GB, KiB, MiB or GiB".into(),
             Kind::List => "a list, in the environment separated by commas".into(),
+            Kind::Networks => "a list of IP addresses and networks such as 10.0.0.0/8".into(),
+            Kind::Origins => "a list of origins such as https://app.example.com, without a path".into(),
             Kind::Address => "an IP address and a port".into(),
             Kind::Choice(choices) => format!("one of {}", choices.join(", ")),
             Kind::LogFilter => "a level (error, warn, info, debug, trace) or a list of module=level".into(),
@@ -166,12 +174,27 @@ impl Kind {
             Kind::Span => "duration".into(),
             Kind::Percent { .. } => "percent".into(),
             Kind::Share => "percent or bytes".into(),
-            Kind::List => "list".into(),
+            Kind::List | Kind::Networks | Kind::Origins => "list".into(),
             Kind::Address => "address".into(),
             Kind::Choice(choices) => choices.iter().map(|choice| format!("`{choice}`")).collect::<Vec<_>>().join(" or "),
             Kind::LogFilter => "log filter".into(),
         }
     }
+}
+
+fn every(value: &Value, is: fn(&str) -> bool) -> bool {
+    matches!(value, Value::List(items) if items.iter().all(|item| is(item)))
+}
+
+fn is_network(text: &str) -> bool {
+    text.parse::<ipnet::IpNet>().is_ok() || text.parse::<std::net::IpAddr>().is_ok()
+}
+
+fn is_origin(text: &str) -> bool {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    host.is_some_and(|host| {
+        !host.is_empty() && !host.contains(['/', '?', '#', '@', '*', ' ']) && !host.contains(char::is_uppercase)
+    })
 }
 
 fn filled(text: &str) -> Option<String> {
@@ -294,6 +317,19 @@ mod tests {
         }
         let jitter = |text: &str| Kind::Percent { least: 0, most: 50 }.parse(&Raw::Text(text.into()));
         assert!(jitter("0%").is_some() && jitter("50%").is_some() && jitter("51%").is_none() && jitter("0.1").is_none());
+    }
+
+    #[test]
+    fn networks_and_origins() {
+        let parse = |kind: Kind, text: &str| kind.parse(&Raw::Text(text.into()));
+        assert!(parse(Kind::Networks, "10.0.0.0/8, 1.2.3.4,2001:db8::/32,::1").is_some() && parse(Kind::Networks, "").is_some());
+        for bad in ["10.0.0.0/33", "proxy", "1.2.3.4,"] {
+            assert!(parse(Kind::Networks, bad).is_none(), "{bad}");
+        }
+        assert!(parse(Kind::Origins, "https://app.example.com,http://localhost:5173").is_some());
+        for bad in ["*", "app.example.com", "https://app.example.com/", "https://*.example.com", "https://App.example.com"] {
+            assert!(parse(Kind::Origins, bad).is_none(), "{bad}");
+        }
     }
 
     #[test]

@@ -123,9 +123,19 @@ impl Server {
 
     /// SIGTERM, as a service manager sends it.
     pub async fn stop(mut self) -> Result<()> {
+        self.terminate().await?;
+        self.ended().await
+    }
+
+    /// SIGTERM, and back at once.
+    pub async fn terminate(&self) -> Result<()> {
         if let Some(pid) = self.child.id() {
             Command::new("kill").args(["-TERM", &pid.to_string()]).status().await?;
         }
+        Ok(())
+    }
+
+    pub async fn ended(&mut self) -> Result<()> {
         tokio::time::timeout(DEADLINE, self.child.wait()).await.context("walcast serve did not end")??;
         Ok(())
     }
@@ -174,6 +184,8 @@ fn spawn(port: u16, database_url: &str, settings: &[(String, String)]) -> Result
         .env("WALCAST_DATABASE_URL", database_url)
         .env("WALCAST_LISTEN", format!("127.0.0.1:{port}"))
         .env("WALCAST_JWT_SECRET", SECRET)
+        // Whom a test leaves connected is sent away at once.
+        .env("WALCAST_SERVER__DRAIN", "0s")
         .envs(settings.iter().map(|(k, v)| (k.as_str(), v.as_str())))
         .stdin(Stdio::null())
         .kill_on_drop(true);

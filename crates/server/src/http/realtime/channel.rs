@@ -18,6 +18,7 @@ use walcast_protocol::{
 };
 
 use super::{ByTopic, Socket};
+use crate::http::limits::{LimitRefusal, TopicPermit};
 
 /// A rejoin with a token that has just expired waits so long for its new one: the stock client asks for it
 /// only after an answer.
@@ -33,6 +34,8 @@ pub struct Channel {
     handle: Option<SubscriptionHandle>,
     listing: Option<Listing>,
     quarantined: bool,
+    /// Counts for as long as the topic is joined.
+    permit: Option<TopicPermit>,
 }
 
 /// The topics of one connection.
@@ -48,6 +51,10 @@ impl Channels {
 
     pub fn get(&self, topic: &str) -> Option<&Channel> {
         self.by_topic.get(topic)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.by_topic.is_empty()
     }
 
     pub fn remove(&mut self, topic: &str) -> Option<Channel> {
@@ -78,6 +85,10 @@ impl Channels {
 impl Channel {
     pub fn is_quarantined(&self) -> bool {
         self.quarantined
+    }
+
+    pub fn message_in(&self) -> Result<(), LimitRefusal> {
+        self.permit.as_ref().map_or(Ok(()), TopicPermit::message_in)
     }
 
     pub fn ended(&self, vsn: Vsn, event: &str, payload: &Value) -> Bytes {
@@ -129,8 +140,15 @@ impl Socket {
             handle: None,
             listing: None,
             quarantined: false,
+            permit: None,
         };
-        match self.app.engine.verify(&channel.token) {
+        let verified = self.app.engine.verify(&channel.token);
+        let tenant = verified.as_ref().ok().and_then(|claims| self.app.engine.tenant_of(claims));
+        match self.permit.join(&frame.topic, tenant.as_deref()) {
+            Ok(permit) => channel.permit = Some(permit),
+            Err(refusal) => return self.refuse(&frame, &refusal.phoenix_reason()),
+        }
+        match verified {
             Ok(claims) => match self.subscribe(&mut channel, claims, Some(&frame)).await {
                 Ok(()) => {}
                 Err(error) => return self.refuse(&frame, &reason_of(&error)),

@@ -2,10 +2,8 @@
 //!
 //! The socket is taken over bare: the engine's writers write shared frames into it, without a library's buffer between.
 
-use std::net::SocketAddr;
-
 use axum::{
-    extract::{ConnectInfo, Request, State},
+    extract::{Request, State},
     http::{HeaderMap, HeaderValue, Method, StatusCode, Version, header},
     response::{IntoResponse, Response},
 };
@@ -18,10 +16,11 @@ use walcast_protocol::phoenix::Vsn;
 use crate::http::{
     App,
     identity::query_parameter,
+    limits::ClientAddress,
     realtime::{Guest, run},
 };
 
-pub async fn upgrade(State(app): State<App>, ConnectInfo(peer): ConnectInfo<SocketAddr>, mut request: Request) -> Response {
+pub async fn upgrade(State(app): State<App>, address: ClientAddress, mut request: Request) -> Response {
     let (headers, uri) = (request.headers(), request.uri());
     let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
     let key = key.or_else(|| query_parameter(uri, "apikey")).unwrap_or_default();
@@ -42,11 +41,12 @@ pub async fn upgrade(State(app): State<App>, ConnectInfo(peer): ConnectInfo<Sock
             return response;
         }
     };
-    let Some(connection) = app.admit() else {
-        return upstream_error(StatusCode::TOO_MANY_REQUESTS, "Too many connected users (server.max_connections)");
+    let permit = match app.admit(address, &claims) {
+        Ok(permit) => permit,
+        Err(refusal) => return refusal.upgrade_response(),
     };
     let (its_app, component) = (query_parameter(request.uri(), "app"), query_parameter(request.uri(), "component"));
-    let guest = Guest { vsn, key, claims, peer: peer.ip(), app: its_app, component, _connection: connection };
+    let guest = Guest { vsn, key, claims, peer: address.ip(), app: its_app, component, permit };
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         let upgraded = match upgraded.await {
