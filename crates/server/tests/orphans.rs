@@ -32,6 +32,10 @@ fn plain(id: usize) -> Value {
     json!({ "postgres_changes": [{ "event": "*", "schema": "public", "table": "plain", "filter": format!("id=eq.{id}") }] })
 }
 
+fn subject(n: usize) -> String {
+    format!("client {n}")
+}
+
 /// How a client ends.
 enum End {
     Stays(Box<RealtimeSocket>, Vec<(String, String)>),
@@ -41,9 +45,8 @@ enum End {
 }
 
 /// One client's life. How many joins, refused joins, leaves and ends it made.
-async fn client(url: Arc<str>, through_proxy: Arc<str>, storm: usize, n: usize) -> Result<(usize, End)> {
-    let subject = format!("storm {storm} client {n}");
-    let token = jwt(SECRET, "authenticated", Some(&subject), 3600, json!({}));
+async fn client(url: Arc<str>, through_proxy: Arc<str>, token: String, n: usize) -> Result<(usize, End)> {
+    let subject = subject(n);
     let (stays, silent) = (n % STAYS == 0, n % SILENT == 1);
     let vsn = if n % 2 == 0 { Vsn::V2 } else { Vsn::V1 };
     let mut socket = RealtimeSocket::connect(if silent { &through_proxy } else { &url }, &token, vsn).await?;
@@ -123,7 +126,7 @@ struct Storm {
     _silent: Vec<RealtimeSocket>,
 }
 
-async fn storm(server: &Server, proxy: &Proxy, which: usize) -> Result<Storm> {
+async fn storm(server: &Server, proxy: &Proxy, tokens: &[String]) -> Result<Storm> {
     proxy.resume();
     let url: Arc<str> = server.url.as_str().into();
     let through_proxy: Arc<str> = format!("http://127.0.0.1:{}", proxy.port()).into();
@@ -131,17 +134,15 @@ async fn storm(server: &Server, proxy: &Proxy, which: usize) -> Result<Storm> {
     let mut running = JoinSet::new();
     let mut streams = Vec::new();
     for n in 0..CLIENTS {
-        running.spawn(client(url.clone(), through_proxy.clone(), which, n));
+        running.spawn(client(url.clone(), through_proxy.clone(), tokens[n].clone(), n));
         if n % 50 == 0 {
             // Event streams are owned like sockets: half of them are dropped at once.
-            let subject = format!("storm {which} stream {n}");
-            let token = jwt(SECRET, "authenticated", Some(&subject), 3600, json!({}));
-            let stream =
-                SseStream::open(&format!("{url}/sse/v1/changes?table=plain&filter=id=eq.{n}"), Some(&token), None).await?;
+            let address = format!("{url}/sse/v1/changes?table=plain&filter=id=eq.{n}");
+            let stream = SseStream::open(&address, Some(&tokens[n]), None).await?;
             ensure!(stream.status() == 200, "the stream was refused");
             acts += 1;
             if n % 100 == 0 {
-                *left.entry((subject, "sse:changes".to_owned())).or_default() += 1;
+                *left.entry((subject(n), "sse:changes".to_owned())).or_default() += 1;
                 streams.push(stream);
             }
         }
@@ -196,14 +197,17 @@ async fn equals(postgres: &TestPostgres, server: &Server, expected: &Topics, con
 async fn p9_after_a_storm_the_registry_equals_who_is_left_and_memory_returns() -> Result<()> {
     let postgres = TestPostgres::start().await?;
     migrate(&postgres, SCHEMA, &["plain", "closed"]).await?;
-    let settings = [("WALCAST_REALTIME__IDLE_TIMEOUT", "15s")];
+    let settings = [("WALCAST_REALTIME__IDLE_TIMEOUT", "10s")];
     let server = Server::start(&postgres, &settings).await?;
     let port = server.url.rsplit(':').next().and_then(|port| port.parse().ok()).context("a port")?;
     let proxy = Proxy::to(port).await?;
     let pid = server.pid().context("a process")?;
     let mut resident = Vec::new();
-    for which in 1..=2 {
-        let storm = storm(&server, &proxy, which).await?;
+    // The same in each storm, so that what is remembered of tokens is the same, too.
+    let token = |n| jwt(SECRET, "authenticated", Some(&subject(n)), 3600, json!({}));
+    let tokens: Vec<String> = (0..CLIENTS).map(token).collect();
+    for _ in 0..3 {
+        let storm = storm(&server, &proxy, &tokens).await?;
         ensure!(storm.acts >= 10_000, "a storm of {} acts", storm.acts);
         // The control: this comparison sees orphans. Who has fallen silent is still registered, and too many.
         let silent = in_memory(&server).await?;
@@ -224,7 +228,7 @@ async fn p9_after_a_storm_the_registry_equals_who_is_left_and_memory_returns() -
         resident.push(memory::resident_bytes(pid)?);
     }
     eprintln!("resident after each storm: {resident:?} bytes");
-    // 10,000 entries that stayed would be more than this.
-    ensure!(resident[1] < resident[0] + (4 << 20), "memory does not return: {resident:?}");
+    // What two storms leave behind of every entry would be more than this; the allocator's own ups and downs are less.
+    ensure!(resident[2] < resident[0] + (8 << 20), "memory does not return: {resident:?}");
     server.stop().await
 }

@@ -35,6 +35,14 @@ impl LeakKind {
         }
     }
 
+    fn sentence(self) -> &'static str {
+        match self {
+            LeakKind::Growing => "the subscriptions of a component only become more; /admin/v1/leaks tells more",
+            LeakKind::Duplicate => "one connection has the same subscription more than once; /admin/v1/leaks tells which",
+            LeakKind::Unheard => "a topic without bindings was never sent anything; /admin/v1/leaks tells which",
+        }
+    }
+
     pub(super) fn code(self) -> u8 {
         self as u8 + 1
     }
@@ -165,7 +173,9 @@ impl Registry {
         let keys: HashSet<_> = leaks.iter().map(key).collect();
         for leak in leaks.iter().filter(|leak| !found.logged.contains(&key(leak))) {
             let (app, component) = (leak.owner.app.as_deref(), leak.owner.component.as_deref());
-            tracing::warn!(kind = leak.kind.as_str(), app, component, connection = leak.connection, "a leak: {}", leak.text);
+            // Topics and filters name patients: they are for `/admin/v1/leaks`, not for the log.
+            let (kind, subscriptions) = (leak.kind.as_str(), leak.subscriptions);
+            tracing::warn!(kind, app, component, connection = leak.connection, subscriptions, "a leak: {}", leak.kind.sentence());
         }
         (found.leaks, found.counts, found.logged) = (leaks, counts, keys);
     }

@@ -61,6 +61,11 @@ delete from walcast.subscription_registry where ctid = any(array(
     where i.instance = r.instance and i.slot <> $2 and i.beat_at > now() - interval '5 minutes')
   limit 1000)) returning 1";
 
+/// A statement of ours that was given up and yet committed, the rows of the dead: five minutes, and what a row may be late.
+const STALE: &str = "
+delete from walcast.subscription_registry where ctid = any(array(
+  select r.ctid from walcast.subscription_registry r where r.last_heartbeat < now() - interval '6 minutes' limit 1000))";
+
 pub(crate) async fn run(core: Arc<Core>, cancel: CancellationToken) {
     let instance = format!("{:016x}", rand::rng().random::<u64>());
     let (pool, registry, slot) = (core.pool.clone(), core.registry.clone(), core.config.slot.clone());
@@ -176,6 +181,8 @@ impl Mirror {
     async fn beat(&mut self, lease: &Lease) -> Result<bool, PgError> {
         let sql = "update walcast.registry_instances set beat_at = now() where instance = $1 returning 1";
         let known = !self.run(lease, sql, &[(&self.instance, Type::TEXT)]).await?.is_empty();
+        // Of whomever: the living write theirs anew long before.
+        self.run(lease, STALE, &[]).await?;
         self.beaten = Some(Instant::now());
         Ok(known)
     }
