@@ -45,8 +45,13 @@ pub struct StreamLimits {
 #[derive(Debug, Clone)]
 pub struct RealtimeLimits {
     pub outbox_bytes: usize,
+    pub outbox_frames: usize,
+    /// A WebSocket that says nothing for so long is closed.
+    pub idle_timeout: Duration,
     /// A change whose JSON is larger is told without its larger values.
     pub change_bytes: usize,
+    /// Something that looks like a leak must look so for this long.
+    pub leak_window: Duration,
 }
 
 #[derive(Clone)]

@@ -107,7 +107,7 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
         } else if candidate.wanting.iter().any(|(_, wants)| *wants == Wants::Unchanged) {
             *verdict = Verdict::Unsure("a value that the filter needs is not in the stream: REPLICA IDENTITY FULL sends it");
         } else if candidate.wanting.iter().any(|(_, wants)| *wants == Wants::Ask) {
-            let role = candidate.subscriber.claims().role().to_owned();
+            let role = candidate.audience.claims.clone().role().to_owned();
             for (wanted, _) in candidate.wanting.iter().filter(|(_, wants)| *wants == Wants::Ask) {
                 let key = (table.id, role.clone(), wanted.expression.clone());
                 asked.entry(key).or_insert_with(|| (wanted.clone(), Vec::new())).1.push(at);
@@ -168,7 +168,7 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
 /// None: no answer.
 async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate<'_>]) -> Option<Vec<bool>> {
     let first = &candidates[*of.first()?];
-    let claims = first.subscriber.claims();
+    let claims = first.audience.claims.clone();
     let rules = core.rules.get(core, first.change.table.id, &claims).await.ok()??;
     let needs = wanted.binding.filters.iter().map(|filter| filter.condition.column.clone()).collect();
     let question = Question {

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use walcast_cache::Hearing;
 
-use crate::{Core, Engine, progress::StreamState, upkeep::l2_state};
+use crate::{Core, Engine, Vital, progress::StreamState, upkeep::l2_state};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readiness {
@@ -79,10 +79,31 @@ impl Engine {
         Health { readiness, report }
     }
 
+    /// The live side as a whole: what was delivered, how fast, what went wrong, what waits.
+    pub fn realtime_report(&self) -> Value {
+        let mut report = self.core.registry.summary();
+        if let (Value::Object(report), Value::Object(vitals)) = (&mut report, self.core.vitals.report()) {
+            report.extend(vitals);
+        }
+        report
+    }
+
+    /// False if there is no such connection.
+    pub fn end_connection(&self, id: u64) -> bool {
+        let ended = self.core.registry.end(id, "ended by an operator");
+        if ended {
+            self.core.vitals.count(Vital::ClosedByOperator);
+            tracing::info!(connection = id, "a connection was ended by an operator");
+        }
+        ended
+    }
+
     /// Brings the gauges up to date; called when metrics are read.
     pub fn refresh_gauges(&self) {
         let core = &self.core;
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
+        core.vitals.refresh_metrics();
+        core.registry.refresh_metrics();
         core.metrics.stream_attached.set(f64::from(u8::from(core.progress.stream() == StreamState::Attached)));
         core.metrics.replay_bytes.set(core.ring.lock().bytes() as f64);
         core.metrics.heard_ago.set(core.progress.heard_ago().map_or(-1.0, |ago| ago.as_secs_f64()));
@@ -108,6 +129,20 @@ impl Engine {
                 metrics::gauge!("walcast_cache_l2_bytes").set(size.bytes as f64);
             }
         }
+    }
+}
+
+impl Core {
+    /// A topic was told to read again.
+    pub(crate) fn note_resyncs(&self, told: u64) {
+        self.metrics.resyncs.increment(told);
+        self.vitals.add(Vital::Resync, told);
+    }
+
+    /// A change was told without being shown.
+    pub(crate) fn note_withheld(&self, error: &'static str) {
+        self.metrics.withheld_error(error);
+        self.vitals.count(Vital::Withheld);
     }
 }
 

@@ -19,6 +19,7 @@ pub mod pipeline;
 mod progress;
 mod queries;
 mod readback;
+pub mod registry;
 mod stuck;
 mod subscribe;
 mod subscriptions;
@@ -26,6 +27,7 @@ mod table_marks;
 mod tag_rules;
 mod upkeep;
 mod visibility;
+mod vitals;
 
 use std::{
     collections::HashMap,
@@ -40,11 +42,14 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use parking_lot::Mutex;
 use rand::Rng;
-use tokio::sync::{Notify, Semaphore, mpsc, watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, Semaphore, mpsc, watch},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use walcast_auth::Tokens;
 use walcast_cache::{Cache, CacheConfig, Hearing, L2, L2Config};
-use walcast_hub::ReplayRing;
+use walcast_hub::{OutboxLimits, ReplayRing, Writers};
 use walcast_model::{Fence, Floor, Lsn, TagClock};
 use walcast_pg::{Catalog, ConnectError, PgError, Pool, Sampler};
 use walcast_wal::{SlotError, StreamError, checkpoint::Standing};
@@ -61,12 +66,13 @@ pub use queries::{
 };
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
+pub use vitals::{Vital, Vitals};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{
     Entry, Glob, Lookup, MissReason, NamespaceConfig, NewValue, Policy, Precondition, PutError, Refusal as NotStored, Source,
     Stale, Stored, Survey, TicketError, Tier,
 };
-pub use walcast_hub::{CloseReason, Outbox, OutboxReader, outbox};
+pub use walcast_hub::{Attention, CloseReason, Goodbye, Outbox, OutboxReader, SocketEnd};
 pub use walcast_matcher::EventMask;
 pub use walcast_model as model;
 pub use walcast_pg::{ConnectConfig, ConnectError as DatabaseUrlError};
@@ -83,6 +89,9 @@ use crate::{
     tag_rules::TagRules,
     visibility::RuleBook,
 };
+
+/// What this room puts into the database, in order.
+pub const MIGRATIONS: &[(&str, &str)] = &[("engine/0001_registry", include_str!("../sql/0001_registry.sql"))];
 
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
@@ -102,6 +111,8 @@ pub enum EngineError {
     TooFewConnections(usize),
     #[error("{0}")]
     Queries(String),
+    #[error("threads that write to clients cannot be started: {0}")]
+    Writers(#[from] std::io::Error),
 }
 
 /// What all stages share. Each field has one writer; see the task table in ARCHITECTURE.md.
@@ -117,6 +128,9 @@ pub struct Core {
     pub(crate) progress: Progress,
     pub(crate) ring: Mutex<ReplayRing<Remembered>>,
     pub(crate) subscriptions: Arc<Subscriptions>,
+    pub(crate) writers: Writers,
+    pub(crate) registry: Arc<registry::Registry>,
+    pub(crate) vitals: Arc<Vitals>,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -168,6 +182,11 @@ const REPLAYS: usize = 4;
 /// Messages between stages; their bytes are bounded by the intake's room.
 const STAGE_QUEUE: usize = 4_096;
 
+/// They only write: two keep up with more than a machine's network takes.
+fn writer_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).clamp(1, 4)
+}
+
 impl EngineConfig {
     /// With fewer the budget could not be kept.
     pub const LEAST_CONNECTIONS: usize = OWN_CONNECTIONS + LEAST_POOLED;
@@ -196,6 +215,8 @@ impl Engine {
         let l2 = config.cache.l2.then(|| L2::start(pool.clone(), l2_config(&config)));
         let queries = CachedQueries::load(&config, &pool).await.map_err(EngineError::Queries)?;
         let cache = Cache::new(cache_config(&config), clock.clone(), l2);
+        let vitals = Arc::<Vitals>::default();
+        let timed = vitals.clone();
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -203,6 +224,8 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
+            registry: registry::Registry::new(&config.auth.tenant_claim, vitals.clone()),
+            vitals,
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
@@ -210,6 +233,7 @@ impl Engine {
             cascades: cascade::Holds::default(),
             suspected: cascade::Holds::default(),
             echoes: Echoes::default(),
+            writers: Writers::start(writer_threads(), Arc::new(move |us| timed.commit_to_socket(Duration::from_micros(us))))?,
             metrics: Metrics::register(),
             standing: Mutex::new(None),
             fingerprint: Mutex::default(),
@@ -263,6 +287,10 @@ impl Engine {
         spawn("keeper", acknowledge::run(core.clone(), acknowledge, cancel.clone()).boxed());
         spawn("heartbeat", heartbeat::run(core.clone(), cancel.clone()).boxed());
         spawn("hearing", health::listen(core.clone(), cancel.clone()).boxed());
+        spawn("wheel", registry::wheel::run(core.clone(), cancel.clone()).boxed());
+        spawn("registry", registry::rounds::run(core.clone(), cancel.clone()).boxed());
+        spawn("registry mirror", registry::mirror::run(core.clone(), cancel.clone()).boxed());
+        spawn("vitals", vitals::run(core.clone(), cancel.clone()).boxed());
         spawn("upkeep", upkeep::run(core.clone(), cancel.clone()).boxed());
         tasks.close();
         Ok(Engine { core, cancel, tasks, failed })
@@ -293,11 +321,32 @@ impl Engine {
 
     /// Whom a client belongs to, as the configured claim says.
     pub fn tenant_of(&self, claims: &model::Claims) -> Option<String> {
-        claims.at(&self.core.config.auth.tenant_claim).and_then(|tenant| match tenant {
-            serde_json::Value::String(name) => Some(name.clone()),
-            serde_json::Value::Number(number) => Some(number.to_string()),
-            _ => None,
-        })
+        self.core.registry.tenant_of(claims)
+    }
+
+    /// Every connection and subscription that is open now.
+    pub fn registry(&self) -> &Arc<registry::Registry> {
+        &self.core.registry
+    }
+
+    /// Counts and times of the live side as a whole.
+    pub fn vitals(&self) -> &Arc<Vitals> {
+        &self.core.vitals
+    }
+
+    /// What one client has still to be sent, for a task that sends it.
+    pub fn outbox(&self) -> (Outbox, OutboxReader) {
+        walcast_hub::outbox(self.outbox_limits())
+    }
+
+    /// The same, written straight into the client's socket. The connection's last words are `goodbye`'s.
+    pub fn socket_outbox(&self, socket: TcpStream, goodbye: Goodbye) -> (Outbox, SocketEnd) {
+        self.core.writers.outbox(self.outbox_limits(), socket, goodbye)
+    }
+
+    fn outbox_limits(&self) -> OutboxLimits {
+        let limits = &self.core.config.realtime;
+        OutboxLimits { bytes: limits.outbox_bytes, frames: limits.outbox_frames }
     }
 
     /// Everything up to here has been handed to its subscribers.

@@ -8,6 +8,7 @@ pub struct Metrics {
     pub hidden: Counter,
     pub withheld_errors: Counter,
     pub resyncs: Counter,
+    pub catch_ups: Counter,
     pub asked: Counter,
     pub decided: Counter,
     pub stream_losses: Counter,
@@ -46,6 +47,7 @@ impl Metrics {
             "Row changes told without their values: 400 no primary key, 401 no privilege on it, 413 too large"
         );
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
+        describe_counter!("walcast_catch_ups_total", "Times a slow client was served from the replay ring");
         describe_counter!("walcast_visibility_decided_total", "Row changes whose visibility was decided in memory");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
@@ -71,12 +73,22 @@ impl Metrics {
             "walcast_heartbeat_age_seconds",
             "Since our own heartbeat last came back through the stream; -1 while lost"
         );
+        describe_gauge!("walcast_topics", "Topics and streams that are subscribed, those without a binding among them");
+        describe_gauge!("walcast_outbox_frames", "Frames that wait for their sockets");
+        describe_gauge!("walcast_outbox_bytes", "Bytes that wait for their sockets");
+        describe_gauge!("walcast_leaks", "What looks like a leak in an application, by kind; /admin/v1/leaks tells");
+        describe_gauge!("walcast_commit_to_socket_seconds", "From commit to socket, percentiles of the last minute");
+        describe_counter!("walcast_commit_to_socket_writes_total", "Writes to sockets whose time since the commit was taken");
+        describe_counter!("walcast_realtime_errors_total", "What went wrong on the live side, by kind");
+        describe_counter!("walcast_connections_opened_total", "Connections that were opened");
+        describe_counter!("walcast_joins_total", "Topics and streams that were joined");
         Metrics {
             commits: counter!("walcast_commits_total"),
             delivered: counter!("walcast_changes_delivered_total"),
             hidden: counter!("walcast_changes_hidden_total"),
             withheld_errors: counter!("walcast_changes_withheld_errors_total"),
             resyncs: counter!("walcast_resyncs_total"),
+            catch_ups: counter!("walcast_catch_ups_total"),
             asked: counter!("walcast_visibility_asked_total"),
             decided: counter!("walcast_visibility_decided_total"),
             stream_losses: counter!("walcast_stream_losses_total"),

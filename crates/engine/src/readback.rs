@@ -27,7 +27,7 @@ pub async fn read_back(core: &Core, candidates: &[Candidate<'_>], verdicts: &[Ve
         let opaque = candidate.change.table.columns.iter().any(|column| column.kind == ValueKind::ReadBack);
         if opaque && matches!(verdict, Verdict::Show { .. }) {
             // Anyone who may see the row may read its types.
-            claims.get_or_insert_with(|| candidate.subscriber.claims());
+            claims.get_or_insert_with(|| candidate.audience.claims.clone());
             changes.entry((candidate.commit.commit.lsn, candidate.index)).or_insert_with(|| candidate.change.clone());
         }
     }

@@ -9,7 +9,7 @@ use walcast_auth::{
     Rules,
     binding_check::{self, BindingRefused},
 };
-use walcast_hub::Outbox;
+use walcast_hub::{Missed, Outbox};
 use walcast_matcher::{Binding, BindingError};
 use walcast_model::{Claims, Item, Position, Scope, TableName};
 use walcast_pg::PgError;
@@ -17,8 +17,9 @@ use walcast_protocol::sse;
 
 use crate::{
     Core, Engine, filters,
-    pipeline::announce::{CANDIDATES, frames, resync_frame},
-    subscriptions::{Shape, SubscriptionHandle, Wanted},
+    pipeline::announce::{frames, resync_frame},
+    registry::Listed,
+    subscriptions::{Audience, Shape, SubscriptionHandle, Wanted},
     visibility::Candidate,
 };
 
@@ -39,6 +40,8 @@ pub struct SubscribeRequest {
     pub asked: Vec<Asked>,
     pub shape: Shape,
     pub outbox: Outbox,
+    /// Where its deliveries are counted.
+    pub listed: Arc<Listed>,
     /// Continue after this position.
     pub after: Option<Position>,
 }
@@ -81,18 +84,22 @@ pub struct Opened {
     pub opening: Opening,
     /// Where the client stands with the opening: the id of its first event.
     pub position: Position,
-    replay: Replay,
-    after: (walcast_model::Lsn, u32),
+    missed: Missed,
 }
 
 impl Opened {
-    pub fn release(self, first: Vec<Bytes>) -> SubscriptionHandle {
-        let frames = first.into_iter().chain(self.replay.frames);
-        match self.replay.more {
-            false => self.handle.subscriber.gate.release(self.after, frames),
-            true => self.handle.subscriber.gate.release_part(frames),
-        }
+    pub fn release(self, answer: Vec<Bytes>) -> SubscriptionHandle {
+        self.handle.subscriber.gate.release(answer, self.missed);
         self.handle
+    }
+
+    /// For a client that was answered long ago: a gap must be told all the same.
+    pub fn release_renewed(self) -> SubscriptionHandle {
+        let told = match self.opening {
+            Opening::Resync(reason) => Some(resync_frame(&self.handle.audience.shape, &self.position, reason)),
+            Opening::Live | Opening::Resumed => None,
+        };
+        self.release(told.into_iter().collect())
     }
 
     /// The first event of an SSE stream.
@@ -115,33 +122,58 @@ impl Engine {
         for asked in &request.asked {
             wanted.push(check(core, &request.claims, asked).await?);
         }
-        let handle =
-            core.subscriptions.register(request.claims, request.shape, wanted, request.outbox, core.config.realtime.outbox_bytes);
+        let SubscribeRequest { claims, shape, outbox, listed, after, .. } = request;
+        let handle = core.subscriptions.register(claims, shape, wanted, outbox, core.config.realtime.outbox_bytes, listed);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();
-        let Some(cursor) = request.after else {
+        let Some(cursor) = after else {
             // What was flushed before the stream was attached was committed before this subscription began.
             let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
             let position = Position { lsn: after.0, index: after.1, ..noted };
-            return Ok(Opened { handle, opening: Opening::Live, position, replay: Replay::default(), after });
+            return Ok(Opened { handle, opening: Opening::Live, position, missed: Missed::nothing(after) });
         };
-        match replay(core, &handle, cursor, noted).await {
-            Ok(replay) => {
-                let after = noted.place().max(cursor.place());
-                Ok(Opened { handle, opening: Opening::Resumed, position: cursor, replay, after })
-            }
+        let (opening, position, missed) = match replay(core, &handle.audience, cursor, noted).await {
+            Ok(missed) => (Opening::Resumed, cursor, missed),
             Err(reason) => {
-                core.metrics.resyncs.increment(1);
-                Ok(Opened {
-                    handle,
-                    opening: Opening::Resync(reason),
-                    position: noted,
-                    replay: Replay::default(),
-                    after: noted.place(),
-                })
+                core.note_resyncs(1);
+                (Opening::Resync(reason), noted, Missed::nothing(noted.place()))
+            }
+        };
+        Ok(Opened { handle, opening, position, missed })
+    }
+
+    /// Reads on for a subscription that had more to hear than its outbox took, as if its client had come back. Called by the
+    /// connection's task when there is room again.
+    pub async fn catch_up(&self, handle: &SubscriptionHandle) {
+        let core = &*self.core;
+        let gate = &handle.subscriber.gate;
+        // Held first, noted afterwards, as at a join.
+        let Some((lsn, index)) = gate.hold_behind() else { return };
+        let noted = core.progress.taken();
+        core.metrics.catch_ups.increment(1);
+        let cursor = Position { lsn, index, ..noted };
+        match replay(core, &handle.audience, cursor, noted).await {
+            Ok(missed) => gate.release([], missed),
+            Err(reason) => {
+                core.note_resyncs(1);
+                let told = resync_frame(&handle.audience.shape, &noted, reason);
+                gate.release([told], Missed::nothing(noted.place()));
             }
         }
+    }
+
+    /// The same subscription for other claims: from the place that it has come to, judged anew.
+    pub async fn renew(&self, old: SubscriptionHandle, claims: Claims, asked: Vec<Asked>) -> Result<Opened, SubscribeError> {
+        // Read before the gate is shut: everything up to here has been offered to it.
+        let announced = self.core.progress.announced();
+        let gate = &old.subscriber.gate;
+        let behind = gate.is_behind();
+        let place = gate.shut().map(|place| if behind { place } else { place.max(announced.place()) });
+        let after = place.map(|(lsn, index)| Position { lsn, index, ..announced });
+        let (shape, outbox, listed) = (old.audience.shape.clone(), gate.outbox().clone(), old.subscriber.listed.clone());
+        drop(old);
+        self.subscribe(SubscribeRequest { claims, asked, shape, outbox, listed, after }).await
     }
 }
 
@@ -177,7 +209,7 @@ async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, Su
 }
 
 /// The frames between cursor and noted position, or the first of them, or why they cannot be given.
-async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Replay, &'static str> {
+async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: Position) -> Result<Missed, &'static str> {
     // Many come back at once: a few are replayed at a time, the others wait.
     let _turn = core.replays.acquire().await;
     if core.progress.unsettled().is_some() {
@@ -191,10 +223,12 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
         return Err("the position is ahead of the stream");
     }
     let commits = core.ring.lock().after(cursor.place()).map_err(|_| "the position is older than what is kept")?;
-    let index = handle.subscriber.own_index();
+    let index = audience.own_index();
     let mut candidates = Vec::new();
     let mut found = Vec::new();
-    let mut replay = Replay { limit_bytes: core.config.realtime.outbox_bytes / 4 * 3, ..Replay::default() };
+    let to = noted.place().max(cursor.place());
+    let mut missed = Missed { from: cursor.place(), ..Missed::nothing(to) };
+    let mut room = core.config.realtime.outbox_bytes;
     for commit in commits.iter().filter(|commit| commit.commit.lsn <= noted.lsn) {
         let items = match &commit.commit.scope {
             Scope::Whole(items) => items,
@@ -215,54 +249,42 @@ async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, note
             }
             found.clear();
             index.subscriptions(change, &mut found);
-            if candidates.len() >= CANDIDATES {
-                replay.add(core, std::mem::take(&mut candidates)).await;
-                if replay.more {
-                    return Ok(replay);
-                }
+            if candidates.len() >= AT_ONCE && !add(core, &mut missed, &mut room, std::mem::take(&mut candidates)).await {
+                return Ok(missed);
             }
             if !found.is_empty() {
-                let subscriber: &Arc<_> = &handle.subscriber;
-                candidates.extend(subscriber.wanting(&found).into_iter().map(|wanting| Candidate {
+                candidates.extend(audience.wanting(&found).into_iter().map(|wanting| Candidate {
                     commit,
                     index: *at,
                     change,
-                    subscriber: subscriber.clone(),
+                    audience: audience.clone(),
                     wanting,
                 }));
             }
         }
     }
-    replay.add(core, candidates).await;
-    Ok(replay)
+    add(core, &mut missed, &mut room, candidates).await;
+    Ok(missed)
 }
 
-/// What a client is replayed at one return: less than its outbox holds, or it would be closed as slow, for ever.
-#[derive(Default)]
-struct Replay {
-    frames: Vec<Bytes>,
-    bytes: usize,
-    limit_bytes: usize,
-    /// It is only a part: the connection ends behind it, and the client comes back for the rest.
-    more: bool,
-}
+/// Matches that a replay looks at before it sees whether there is still room.
+const AT_ONCE: usize = 1_000;
 
-impl Replay {
-    async fn add(&mut self, core: &Core, candidates: Vec<Candidate<'_>>) {
-        let frames = frames(core, candidates).await;
-        // Never between two frames of one place: the client would come back behind the second.
-        for of_one_place in frames.chunk_by(|(_, a, _), (_, b, _)| a == b) {
-            // One at least, however large: each return must lead further.
-            if self.bytes > self.limit_bytes {
-                self.more = true;
-                return;
-            }
-            for (_, _, frame) in of_one_place {
-                self.bytes += frame.len() + 64;
-                self.frames.push(frame.clone());
-            }
+/// Adds what is said of these, until there is no more room; then it was a part, and the rest is read on later.
+async fn add(core: &Core, missed: &mut Missed, room: &mut usize, candidates: Vec<Candidate<'_>>) -> bool {
+    for (_, place, frame) in frames(core, candidates).await {
+        // Never between two frames of one place: the client would come back behind the second. And one at least, however
+        // large: each time must lead further.
+        if *room == 0 && missed.places.last() != Some(&place) {
+            missed.to = missed.places.last().copied().unwrap_or(missed.from);
+            missed.whole = false;
+            return false;
         }
+        *room = room.saturating_sub(frame.len() + 64);
+        missed.places.push(place);
+        missed.frames.push(frame);
     }
+    true
 }
 
 /// For connections that end a subscription themselves.

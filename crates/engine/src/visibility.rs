@@ -24,15 +24,15 @@ use walcast_pg::PgError;
 use crate::{
     Core,
     pipeline::{Remembered, intake::any_change},
-    subscriptions::{Subscriber, Wanting},
+    subscriptions::{Audience, Wanting},
 };
 
-/// A change and one subscriber whose bindings match it.
+/// A change and one audience whose bindings match it.
 pub struct Candidate<'a> {
     pub commit: &'a Remembered,
     pub index: u32,
     pub change: &'a Change,
-    pub subscriber: Arc<Subscriber>,
+    pub audience: Arc<Audience>,
     pub wanting: Wanting,
 }
 
@@ -156,7 +156,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub async fn decide(core: &Core, candidates: &[Candidate<'_>]) -> Vec<Verdict> {
     let mut groups: HashMap<(TableId, u128), Group<'_>> = HashMap::new();
     for (at, candidate) in candidates.iter().enumerate() {
-        let claims = candidate.subscriber.claims();
+        let claims = candidate.audience.claims.clone();
         let key = (candidate.change.table.id, claims.exact());
         let group = groups.entry(key).or_insert_with(|| Group { claims, changes: Vec::new(), candidates: Vec::new() });
         let place = (candidate.commit.commit.lsn, candidate.index);

@@ -25,7 +25,7 @@ pub struct ReplayRing<T> {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Missed;
+pub struct TooOld;
 
 impl<T: Replayable> ReplayRing<T> {
     pub fn new(limit_bytes: usize, complete_after: Lsn) -> ReplayRing<T> {
@@ -50,9 +50,9 @@ impl<T: Replayable> ReplayRing<T> {
     }
 
     /// The commits at or after a place, the one that holds it included: the caller skips what was heard of it.
-    pub fn after(&self, place: Place) -> Result<Vec<T>, Missed> {
+    pub fn after(&self, place: Place) -> Result<Vec<T>, TooOld> {
         if place < self.complete_after {
-            return Err(Missed);
+            return Err(TooOld);
         }
         let first = self.commits.partition_point(|commit| commit.lsn() < place.0);
         Ok(self.commits.range(first..).cloned().collect())
@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(ring.bytes(), 30);
         assert_eq!(ring.after((Lsn(3), 1)), Ok(vec![Of(3), Of(4), Of(5)]));
         assert_eq!(ring.after((Lsn(2), 2)), Ok(vec![Of(3), Of(4), Of(5)]), "the whole of 2 was heard");
-        assert_eq!(ring.after((Lsn(2), 1)), Err(Missed), "the end of 2 is gone");
+        assert_eq!(ring.after((Lsn(2), 1)), Err(TooOld), "the end of 2 is gone");
         assert_eq!(ring.after((Lsn(5), 3)), Ok(vec![Of(5)]));
         assert_eq!(ring.after((Lsn(9), 0)), Ok(vec![]));
     }
@@ -107,11 +107,11 @@ mod tests {
     #[test]
     fn a_new_ring_knows_where_it_began() {
         let mut ring: ReplayRing<Of> = ReplayRing::new(30, Lsn(10));
-        assert_eq!(ring.after((Lsn(9), 9)), Err(Missed));
+        assert_eq!(ring.after((Lsn(9), 9)), Err(TooOld));
         assert_eq!(ring.after((Lsn(10), 0)), Ok(vec![]));
         ring.push(Of(12));
         ring.restart((Lsn(20), u32::MAX));
-        assert_eq!(ring.after((Lsn(20), 0)), Err(Missed), "the rest of that commit is gone");
-        assert_eq!(ring.after((Lsn(12), 0)), Err(Missed));
+        assert_eq!(ring.after((Lsn(20), 0)), Err(TooOld), "the rest of that commit is gone");
+        assert_eq!(ring.after((Lsn(12), 0)), Err(TooOld));
     }
 }

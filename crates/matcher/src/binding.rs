@@ -7,7 +7,7 @@ use crate::{
     filter::{Condition, FilterError},
 };
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct EventMask(u8);
 
 impl EventMask {
@@ -41,7 +41,7 @@ impl EventMask {
 }
 
 /// A condition, and how its column compares.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Filter {
     pub condition: Condition,
     pub family: Family,
@@ -49,7 +49,7 @@ pub struct Filter {
     pub type_oid: Option<u32>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Binding {
     pub events: EventMask,
     /// None: every schema.

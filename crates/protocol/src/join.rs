@@ -11,6 +11,8 @@ pub struct Join {
     /// `config.walcast.after`: our own clients continue from there, and only they get positions on events.
     pub after: Option<String>,
     pub tracks_position: bool,
+    /// `config.walcast.component`: what of the application joins.
+    pub component: Option<String>,
 }
 
 /// One `postgres_changes` binding as the client wrote it.
@@ -37,6 +39,7 @@ impl Join {
             private: truthy(&config["private"]),
             after: walcast.and_then(|w| w.get("after")).and_then(Value::as_str).map(str::to_owned),
             tracks_position: walcast.is_some(),
+            component: walcast.and_then(|w| w.get("component")).and_then(Value::as_str).map(str::to_owned),
         }
     }
 }

@@ -47,6 +47,7 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     let drain = Drain::default();
     let app =
         App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), sse, drain: drain.clone() };
+    tokio::spawn(tend(app.metrics.clone(), drain.clone()));
     let serving = tokio::spawn(http::serve(listener, app));
     Ok(Running { engine, address, drain, window: settings.server.drain, serving })
 }
@@ -74,9 +75,15 @@ impl Running {
     }
 }
 
+/// Times that are recorded wait in blocks until somebody reads `/metrics`: where nobody does, they would grow for ever.
+async fn tend(metrics: PrometheusHandle, drain: Drain) {
+    while tokio::time::timeout(Duration::from_secs(5), drain.over()).await.is_err() {
+        metrics.run_upkeep();
+    }
+}
+
 fn limits(settings: &Settings) -> Result<Limits, Failure> {
     let sizes = Sizes {
-        outbox_bytes: settings.realtime.outbox_bytes as usize,
         max_topics: settings.realtime.max_topics_per_connection as usize,
         max_frame_bytes: settings.realtime.max_frame_bytes as usize,
         max_value_bytes: settings.cache.max_value_bytes as usize,
@@ -136,7 +143,10 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
         },
         realtime: RealtimeLimits {
             outbox_bytes: settings.realtime.outbox_bytes as usize,
+            outbox_frames: settings.realtime.outbox_frames as usize,
+            idle_timeout: settings.realtime.idle_timeout,
             change_bytes: settings.realtime.change_bytes as usize,
+            leak_window: settings.realtime.leak_window,
         },
         auth: AuthConfig {
             jwt_secret: secret.expose().to_owned(),

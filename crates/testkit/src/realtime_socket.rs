@@ -175,6 +175,14 @@ impl RealtimeSocket {
         Ok(self.socket.close(None).await?)
     }
 
+    /// As a process that crashes would leave it: a TCP reset in place of a goodbye.
+    pub fn abort(self) -> anyhow::Result<()> {
+        if let MaybeTlsStream::Plain(stream) = self.socket.get_ref() {
+            stream.set_zero_linger()?;
+        }
+        Ok(())
+    }
+
     async fn write(&mut self, topic: &str, event: &str, payload: Value, reference: &str) -> anyhow::Result<()> {
         let join_ref = self.joins.get(topic).cloned();
         let frame =

@@ -5,19 +5,21 @@
 use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
+use indexmap::IndexMap;
 use tokio::sync::mpsc;
-use walcast_model::{Cell, Change, Item, Lsn, Position, Row, Scope};
+use walcast_hub::Place;
+use walcast_model::{Cell, Change, Item, Position, Row, Scope};
 use walcast_protocol::{
     change::{VisibleChange, encode_change},
-    phoenix, sse,
+    phoenix, sse, websocket,
 };
 
 use crate::{
-    Core,
+    Core, Vital,
     filters::settle_doubts,
     pipeline::{Announcement, InFlight, Remembered},
     readback::{ReadBack, read_back},
-    subscriptions::{Shape, Subscriber},
+    subscriptions::{Audience, Shape},
     visibility::{Candidate, OldView, Verdict, decide},
 };
 
@@ -73,11 +75,11 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
                                 deliver(core, std::mem::take(&mut candidates)).await;
                             }
                             candidates.extend(
-                                core.subscriptions.wanting(change).into_iter().map(|(subscriber, wanting)| Candidate {
+                                core.subscriptions.wanting(change).into_iter().map(|(audience, wanting)| Candidate {
                                     commit,
                                     index: *index,
                                     change,
-                                    subscriber,
+                                    audience,
                                     wanting,
                                 }),
                             );
@@ -96,19 +98,38 @@ async fn announce(core: &Core, commits: Vec<InFlight>) {
     }
 }
 
+/// Frames of one audience, in order of their places.
+struct Said {
+    audience: Arc<Audience>,
+    places: Vec<Place>,
+    frames: Vec<Bytes>,
+}
+
 async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
+    let mut committed_at_us: Vec<u64> =
+        candidates.iter().map(|candidate| candidate.commit.commit.committed_at_us as u64).collect();
+    committed_at_us.dedup();
     let frames = frames(core, candidates).await;
-    // Bindings that show other columns of one change stand together: a place is offered once.
-    for same in frames.chunk_by(|(a, at, _), (b, next, _)| Arc::ptr_eq(a, b) && at == next) {
-        let (subscriber, place, _) = &same[0];
-        if !subscriber.is_expired() && subscriber.offer(*place, same.iter().map(|(.., frame)| frame.clone())) {
-            core.metrics.delivered.increment(same.len() as u64);
-        }
+    let mut by_audience: IndexMap<*const Audience, Said> = IndexMap::new();
+    for (audience, place, frame) in frames {
+        let of = || Said { audience: audience.clone(), places: Vec::new(), frames: Vec::new() };
+        let said = by_audience.entry(Arc::as_ptr(&audience)).or_insert_with(of);
+        said.places.push(place);
+        said.frames.push(frame);
     }
+    if by_audience.is_empty() {
+        return;
+    }
+    // One write for each socket, whatever the batch brings it.
+    let _turn = core.writers.turn(committed_at_us);
+    let said = by_audience.into_values().filter(|said| !said.audience.is_expired());
+    let delivered = said.map(|said| said.audience.offer(&said.places, &said.frames)).sum();
+    core.metrics.delivered.increment(delivered);
+    core.vitals.add(Vital::Delivered, delivered);
 }
 
 /// What each candidate is to be sent, in order; those who may not see get nothing.
-pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> Vec<(Arc<Subscriber>, (Lsn, u32), Bytes)> {
+pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> Vec<(Arc<Audience>, Place, Bytes)> {
     if candidates.is_empty() {
         return Vec::new();
     }
@@ -117,7 +138,7 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
     let read_back = read_back(core, &candidates, &verdicts).await;
     let mut encoder = Encoder::new(core, read_back);
     let mut out = Vec::with_capacity(candidates.len());
-    let mut told: HashMap<*const Subscriber, &'static str> = HashMap::new();
+    let mut told: HashMap<*const Audience, &'static str> = HashMap::new();
     for (candidate, verdict) in candidates.into_iter().zip(verdicts) {
         let place = (candidate.commit.commit.lsn, candidate.index);
         let frame = match verdict {
@@ -127,27 +148,27 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
             }
             Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
             Verdict::Error { error, .. } => {
-                core.metrics.withheld_error(error);
+                core.note_withheld(error);
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
-            // Once per batch and subscriber: the first tells all.
-            Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.subscriber), reason).is_none() => {
-                core.metrics.resyncs.increment(1);
+            // Once per batch and audience: the first tells all.
+            Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.audience), reason).is_none() => {
+                core.note_resyncs(1);
                 let position = Position { epoch: encoder.epoch, lsn: place.0, index: place.1 };
-                resync_frame(&candidate.subscriber.shape, &position, reason)
+                resync_frame(&candidate.audience.shape, &position, reason)
             }
             Verdict::Unsure(_) => continue,
         };
-        out.push((candidate.subscriber, place, frame));
+        out.push((candidate.audience, place, frame));
     }
     out
 }
 
-pub(crate) fn resync(core: &Core, subscribers: &[Arc<Subscriber>], place: (Lsn, u32), reason: &str) {
+pub(crate) fn resync(core: &Core, audiences: &[Arc<Audience>], place: Place, reason: &str) {
     let position = Position { epoch: core.progress.epoch(), lsn: place.0, index: place.1 };
-    for subscriber in subscribers {
-        core.metrics.resyncs.increment(1);
-        subscriber.gate.tell(resync_frame(&subscriber.shape, &position, reason));
+    let _turn = core.writers.turn(Vec::new());
+    for audience in audiences {
+        core.note_resyncs(audience.tell(&resync_frame(&audience.shape, &position, reason)));
     }
 }
 
@@ -160,7 +181,7 @@ pub(crate) fn resync_frame(shape: &Shape, position: &Position, reason: &str) -> 
                 "extension": "postgres_changes", "status": "error", "channel": channel,
                 "message": format!("resync: {reason}. Changes may have been missed; read again"),
             });
-            phoenix::push(*vsn, topic, "system", payload.to_string().as_bytes())
+            websocket::text(&phoenix::push(*vsn, topic, "system", payload.to_string().as_bytes()))
         }
     }
 }
@@ -178,7 +199,7 @@ struct Encoder<'a> {
     core: &'a Core,
     epoch: walcast_model::Epoch,
     read_back: ReadBack,
-    data: HashMap<((Lsn, u32), Sight), Bytes>,
+    data: HashMap<(Place, Sight), Bytes>,
     frames: HashMap<(*const u8, Shape, Vec<u32>), Bytes>,
 }
 
@@ -195,12 +216,12 @@ impl Encoder<'_> {
         let encoded = || encode(self.core, change, committed_at_us, &sight);
         let data = self.data.entry((place, sight.clone())).or_insert_with(encoded).clone();
         let position = Position { epoch: self.epoch, lsn: place.0, index: place.1 };
-        let ids: Vec<u32> = match candidate.subscriber.shape {
+        let ids: Vec<u32> = match candidate.audience.shape {
             Shape::Sse => Vec::new(),
             Shape::Realtime { .. } => candidate.wanting.iter().map(|(wanted, _)| wanted.client_id).collect(),
         };
-        let shape = candidate.subscriber.shape.clone();
-        let frame = || match &candidate.subscriber.shape {
+        let shape = candidate.audience.shape.clone();
+        let frame = || match &candidate.audience.shape {
             Shape::Sse => sse::event("change", Some(&position), &data),
             Shape::Realtime { vsn, topic, positions } => {
                 let mut payload = Vec::with_capacity(data.len() + 64);
@@ -212,7 +233,7 @@ impl Encoder<'_> {
                 payload.extend_from_slice(b",\"data\":");
                 payload.extend_from_slice(&data);
                 payload.push(b'}');
-                phoenix::push(*vsn, topic, "postgres_changes", &payload)
+                websocket::text(&phoenix::push(*vsn, topic, "postgres_changes", &payload))
             }
         };
         self.frames.entry((data.as_ptr(), shape, ids.clone())).or_insert_with(frame).clone()
@@ -260,7 +281,7 @@ fn encode(core: &Core, change: &Change, committed_at_us: i64, sight: &Sight) -> 
         return whole;
     }
     const ERROR: &str = "Error 413: Payload Too Large";
-    core.metrics.withheld_error(ERROR);
+    core.note_withheld(ERROR);
     let small = |row: &Row| {
         let fits = |cell: &Cell| !matches!(cell, Cell::Value(bytes) if bytes.len() > SMALL_BYTES);
         Row(row.0.iter().map(|cell| if fits(cell) { cell.clone() } else { Cell::Absent }).collect())

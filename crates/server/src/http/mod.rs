@@ -29,7 +29,7 @@ use axum::{
     extract::DefaultBodyLimit,
     http::{HeaderName, HeaderValue, header},
     response::Response,
-    routing::{MethodRouter, get, post},
+    routing::{MethodRouter, delete, get, post},
     serve::ListenerExt,
 };
 use metrics_exporter_prometheus::PrometheusHandle;
@@ -86,6 +86,11 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
         .route("/admin/v1/cache", get(admin::cache))
+        .route("/admin/v1/connections", get(admin::connections::connections))
+        .route("/admin/v1/connections/{id}", delete(admin::connections::end))
+        .route("/admin/v1/subscriptions", get(admin::connections::subscriptions))
+        .route("/admin/v1/leaks", get(admin::connections::leaks))
+        .route("/admin/v1/realtime", get(admin::realtime::get))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",

@@ -1,190 +1,180 @@
 //! The WebSocket of unmodified Supabase clients: `/realtime/v1/websocket` and `/socket/websocket`.
 //!
-//! One task reads frames and keeps the channels, one writes what the outbox brings, many frames a write.
-//! Every answer goes through the outbox, so order is the outbox's order. [`channel`] holds what a topic is.
+//! One task reads a connection's frames and keeps its channels; what it says goes through the outbox, as what is announced
+//! does, so order is the outbox's order. The engine's writers put it into the socket. [`upgrade`] lets a client in,
+//! [`reading`] takes its frames from the socket, [`channel`] holds what a topic is.
 
 mod channel;
+mod pace;
+mod reading;
+mod upgrade;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use axum::{
-    extract::{
-        State,
-        ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade, rejection::WebSocketUpgradeRejection},
-    },
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header},
-    response::{IntoResponse, Response},
-};
 use bytes::Bytes;
-use futures_util::{
-    SinkExt, StreamExt,
-    stream::{SplitSink, SplitStream},
-};
 use serde_json::json;
-use walcast_engine::{CloseReason, Outbox, OutboxReader, outbox};
-use walcast_protocol::phoenix::{FrameError, Inbound, Vsn, push, reply};
+use tokio::{net::TcpStream, time::Instant};
+use walcast_engine::{
+    Attention, CloseReason, Outbox, SocketEnd, Vital,
+    model::Claims,
+    registry::{ConnectionHandle, Kind, NewConnection},
+};
+use walcast_protocol::{
+    phoenix::{FrameError, Inbound, Vsn, push, reply},
+    websocket,
+};
+
+pub use upgrade::upgrade;
 
 use crate::http::{
     App,
-    identity::query_parameter,
-    limits::{ClientAddress, ConnectionPermit},
-    realtime::channel::{Channel, Channels},
+    limits::ConnectionPermit,
+    realtime::{
+        channel::{Channel, Channels},
+        reading::{Heard, Reading},
+    },
 };
 
-/// A client that sends nothing for so long has gone: stock clients beat every 25 s.
-const IDLE: Duration = Duration::from_secs(60);
-/// A write that takes longer meets a client that does not read.
-const WRITE: Duration = Duration::from_secs(20);
-
-pub async fn upgrade(
-    State(app): State<App>,
-    address: ClientAddress,
-    uri: Uri,
-    headers: HeaderMap,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Response {
-    let key = headers.get("x-api-key").and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let key = key.or_else(|| query_parameter(&uri, "apikey")).unwrap_or_default();
-    let claims = match app.engine.verify(&key) {
-        Ok(claims) => claims,
-        Err(error) => return upstream_error(StatusCode::UNAUTHORIZED, &error.to_string()),
-    };
-    let vsn = match Vsn::parse(query_parameter(&uri, "vsn").as_deref()) {
-        Ok(vsn) => vsn,
-        Err(error) => return upstream_error(StatusCode::BAD_REQUEST, &error.to_string()),
-    };
-    let upgrade = match upgrade {
-        Ok(upgrade) => upgrade,
-        Err(rejection) => {
-            let mut response = upstream_error(StatusCode::UPGRADE_REQUIRED, &rejection.body_text());
-            response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            return response;
-        }
-    };
-    let permit = match app.admit(address, &claims) {
-        Ok(permit) => permit,
-        Err(refusal) => return refusal.upgrade_response(),
-    };
-    upgrade
-        // The default buffer of 128 KiB would be most of what an idle connection costs.
-        .read_buffer_size(4096)
-        .max_message_size(app.limits.max_frame_bytes)
-        .max_frame_size(app.limits.max_frame_bytes)
-        .on_upgrade(move |socket| run(app, socket, vsn, key, permit))
+/// Who has been let in.
+struct Guest {
+    vsn: Vsn,
+    /// The key that the connection was opened with: what channels use until they are given a token.
+    key: String,
+    claims: Claims,
+    peer: IpAddr,
+    /// As the client calls itself.
+    app: Option<String>,
+    component: Option<String>,
+    permit: ConnectionPermit,
 }
 
-/// Upstream's shape, which clients show.
-fn upstream_error(status: StatusCode, error: &str) -> Response {
-    (status, [(header::CONTENT_TYPE, "application/json")], json!({ "error": error }).to_string()).into_response()
+async fn run(app: App, guest: Guest, socket: TcpStream, already_read: Bytes) {
+    let (direct, end) = app.engine.socket_outbox(socket, goodbye);
+    let outbox = pace::paced(&app.engine, direct.clone(), &guest.permit);
+    let connection = app.engine.registry().connect(NewConnection {
+        kind: if guest.vsn == Vsn::V2 { Kind::WebSocketV2 } else { Kind::WebSocketV1 },
+        app: guest.app.as_deref(),
+        component: guest.component.as_deref(),
+        claims: &guest.claims,
+        peer: guest.peer,
+        outbox: direct,
+    });
+    let reading = Reading::new(already_read, app.limits.max_frame_bytes);
+    let channels = Channels::new(app.limits.max_topics);
+    let Guest { vsn, key, permit, .. } = guest;
+    Socket { channels, app, vsn, key, outbox, connection, reading, permit }.run(end).await;
 }
 
-async fn run(app: App, socket: WebSocket, vsn: Vsn, key: String, permit: ConnectionPermit) {
-    let (sink, stream) = socket.split();
-    let (outbox, reader) = outbox(app.limits.outbox_bytes);
-    let mut writer = tokio::spawn(write(sink, reader, permit.clone()));
-    let socket = Socket { channels: Channels::new(app.limits.max_topics), app, vsn, key, outbox, permit: permit.clone() };
-    tokio::select! {
-        () = socket.read(stream) => {}
-        // The writer ends only with the connection; it has said what there was to say.
-        _ = &mut writer => return,
-    }
-    // Channels went with the reader: nothing of them stays. What is queued (a close reason) may still go out.
-    if tokio::time::timeout(Duration::from_secs(2), &mut writer).await.is_err() {
-        writer.abort();
-    }
-}
-
-/// Everything that waits goes out in one write.
-async fn write(mut sink: SplitSink<WebSocket, Message>, mut reader: OutboxReader, permit: ConnectionPermit) {
-    let mut frames: Vec<Bytes> = Vec::new();
-    loop {
-        match reader.take(&mut frames).await {
-            Ok(()) => {
-                while !frames.is_empty() {
-                    let may_go = frames.len().min(permit.out_at_once());
-                    permit.pace_out(may_go).await;
-                    let sent = tokio::time::timeout(WRITE, async {
-                        for frame in frames.drain(..may_go) {
-                            // Frames are JSON that we encoded: a wrong one would be ours, and is dropped.
-                            if let Ok(text) = Utf8Bytes::try_from(frame) {
-                                sink.feed(Message::Text(text)).await?;
-                            }
-                        }
-                        sink.flush().await
-                    });
-                    if !matches!(sent.await, Ok(Ok(()))) {
-                        return;
-                    }
-                }
-            }
-            Err(reason) => {
-                let goodbye = async {
-                    let (code, text) = match reason {
-                        CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
-                        CloseReason::Ended(text) => (1012, text.into_owned()),
-                        // The client said goodbye first: only its close is still to be answered.
-                        CloseReason::Gone => return sink.close().await,
-                    };
-                    metrics::counter!("walcast_connections_closed_total", "code" => code.to_string()).increment(1);
-                    sink.send(Message::Close(Some(CloseFrame { code, reason: text.into() }))).await
-                };
-                let _ = tokio::time::timeout(Duration::from_secs(2), goodbye).await;
-                return;
-            }
-        }
-    }
+/// The last words on a connection.
+fn goodbye(reason: &CloseReason) -> Option<Bytes> {
+    let (code, text) = match reason {
+        CloseReason::Slow { queued_bytes } => (1013, format!("too slow: {queued_bytes} bytes were waiting")),
+        CloseReason::Ended(text) => (1012, text.clone()),
+        // The client said goodbye first, and has its answer.
+        CloseReason::Gone => return None,
+    };
+    metrics::counter!("walcast_connections_closed_total", "code" => code.to_string()).increment(1);
+    Some(websocket::close(code, &text))
 }
 
 struct Socket {
     app: App,
     vsn: Vsn,
-    /// The key that the connection was opened with: what channels use until they are given a token.
     key: String,
     outbox: Outbox,
-    permit: ConnectionPermit,
     channels: Channels,
+    connection: ConnectionHandle,
+    reading: Reading,
+    permit: ConnectionPermit,
 }
 
 impl Socket {
-    async fn read(mut self, mut stream: SplitStream<WebSocket>) {
+    async fn run(mut self, end: SocketEnd) {
+        // What came with the upgrade is there already.
+        let mut ended = !self.heard(&end).await;
+        // The socket takes no more for now.
+        let mut full = false;
         let drain = self.app.drain.clone();
         let mut farewell = std::pin::pin!(drain.farewell());
-        let mut topicless_since = tokio::time::Instant::now();
+        let idle = self.app.limits.idle_without_topic;
+        let mut topicless_since = Instant::now();
         loop {
             let next_end = self.channels.next_end();
-            let idle = self.app.limits.idle_without_topic;
-            if !self.channels.is_empty() || idle.is_zero() {
-                topicless_since = tokio::time::Instant::now();
+            if !self.channels.is_empty() {
+                topicless_since = Instant::now();
             }
             tokio::select! {
-                message = tokio::time::timeout(IDLE, stream.next()) => match message {
-                    Ok(Some(Ok(Message::Text(text)))) => self.frame(Inbound::parse_text(self.vsn, &text), text.len()).await,
-                    Ok(Some(Ok(Message::Binary(bytes)))) => {
-                        let parsed = if self.vsn == Vsn::V2 { Inbound::parse_binary(&bytes) } else { Err(FrameError::Form("binary frames need vsn 2")) };
-                        self.frame(parsed, bytes.len()).await;
-                    }
-                    Ok(Some(Ok(Message::Ping(_) | Message::Pong(_)))) => {}
-                    Ok(Some(Ok(Message::Close(_)) | Err(_)) | None) => {
-                        // The writer waits for frames: it must hear this too, or the client's close stays unanswered.
-                        self.outbox.close(CloseReason::Gone);
-                        return;
-                    }
-                    Err(_) => {
-                        self.outbox.close(CloseReason::Ended("no heartbeat for 60 s".into()));
-                        return;
-                    }
-                },
-                () = until(next_end) => self.end_due(),
-                () = tokio::time::sleep_until(topicless_since + idle), if self.channels.is_empty() && !idle.is_zero() => {
-                    let text = format!("no topic for {} s (limits.idle_without_topic)", idle.as_secs());
-                    self.outbox.close(CloseReason::Ended(text.into()));
-                    return;
+                readable = end.socket.readable(), if !ended => ended = readable.is_err() || !self.heard(&end).await,
+                writable = end.socket.writable(), if full => {
+                    full = false;
+                    ended |= writable.is_err();
+                    end.retry();
                 }
-                farewell = &mut farewell => {
-                    self.outbox.close(CloseReason::Ended(farewell.text().into()));
-                    return;
+                attention = end.attention(full) => match attention {
+                    Attention::Finished => return,
+                    Attention::Blocked => full = true,
+                    Attention::Room => self.channels.catch_up(&self.app.engine).await,
+                },
+                () = until(next_end), if !ended => self.end_due(),
+                () = tokio::time::sleep_until(topicless_since + idle), if !ended && self.channels.is_empty() && !idle.is_zero() => {
+                    let text = format!("no topic for {} s (limits.idle_without_topic)", idle.as_secs());
+                    self.outbox.end(CloseReason::Ended(text));
+                    ended = true;
+                }
+                farewell = &mut farewell, if !ended => {
+                    self.outbox.end(CloseReason::Ended(farewell.text()));
+                    ended = true;
                 }
             }
+            if ended {
+                // Nothing of it stays; what is queued (a close reason) may still go out.
+                self.channels.clear();
+            }
+        }
+    }
+
+    /// Takes what the client has said. False if that was its last word.
+    async fn heard(&mut self, end: &SocketEnd) -> bool {
+        loop {
+            match self.reading.next(&end.socket) {
+                Heard::Nothing => {
+                    self.answer_controls();
+                    return true;
+                }
+                Heard::Text(text) => {
+                    self.connection.heard();
+                    self.frame(Inbound::parse_text(self.vsn, &text), text.len()).await;
+                }
+                Heard::Binary(bytes) => {
+                    self.connection.heard();
+                    let parsed = match self.vsn {
+                        Vsn::V2 => Inbound::parse_binary(&bytes),
+                        Vsn::V1 => Err(FrameError::Form("binary frames need vsn 2")),
+                    };
+                    self.frame(parsed, bytes.len()).await;
+                }
+                Heard::Pong(payload) => self.connection.pong(&payload),
+                Heard::Ping => self.connection.heard(),
+                Heard::Wrong(code, why) => {
+                    metrics::counter!("walcast_frames_malformed_total").increment(1);
+                    self.connection.error(Vital::MalformedFrame);
+                    self.outbox.push(websocket::close(code, &why));
+                    self.outbox.end(CloseReason::Gone);
+                    return false;
+                }
+                Heard::End => {
+                    self.answer_controls();
+                    self.outbox.end(CloseReason::Gone);
+                    return false;
+                }
+            }
+        }
+    }
+
+    /// Pongs, and the answer to a close.
+    fn answer_controls(&mut self) {
+        if let Some(answer) = self.reading.answers() {
+            self.outbox.push(answer);
         }
     }
 
@@ -193,11 +183,12 @@ impl Socket {
             Ok(frame) => frame,
             Err(error) => {
                 metrics::counter!("walcast_frames_malformed_total").increment(1);
+                self.connection.error(Vital::MalformedFrame);
                 let payload = json!({
                     "extension": "system", "status": "error", "channel": "phoenix",
                     "message": format!("MalformedFrame: {error}; the frame was ignored"),
                 });
-                self.outbox.push(push(self.vsn, "phoenix", "system", payload.to_string().as_bytes()));
+                self.say(&push(self.vsn, "phoenix", "system", payload.to_string().as_bytes()));
                 return;
             }
         };
@@ -222,14 +213,18 @@ impl Socket {
     }
 
     fn answer(&self, frame: &Inbound, status: &str, response: serde_json::Value) {
-        self.outbox.push(reply(self.vsn, frame, status, &response));
+        self.say(&reply(self.vsn, frame, status, &response));
+    }
+
+    fn say(&self, text: &[u8]) {
+        self.outbox.push(websocket::text(text));
     }
 
     fn leave(&mut self, frame: &Inbound) {
         let channel = self.channels.remove(&frame.topic);
         self.answer(frame, "ok", json!({}));
         if let Some(channel) = channel {
-            self.outbox.push(channel.ended(self.vsn, "phx_close", &json!({})));
+            self.say(&channel.ended(self.vsn, "phx_close", &json!({})));
         }
     }
 
@@ -243,8 +238,8 @@ impl Socket {
     }
 
     fn end_with_error(&self, channel: Channel, reason: &str) {
-        self.outbox.push(channel.system(self.vsn, "system", "error", reason));
-        self.outbox.push(channel.ended(self.vsn, "phx_error", &json!({ "reason": reason })));
+        self.say(&channel.system(self.vsn, "system", "error", reason));
+        self.say(&channel.ended(self.vsn, "phx_error", &json!({ "reason": reason })));
     }
 }
 

@@ -119,9 +119,12 @@ pub struct StreamSettings {
 #[derive(Debug, Clone)]
 pub struct RealtimeSettings {
     pub outbox_bytes: u64,
+    pub outbox_frames: u64,
     pub change_bytes: u64,
     pub max_topics_per_connection: u64,
     pub max_frame_bytes: u64,
+    pub idle_timeout: Duration,
+    pub leak_window: Duration,
 }
 
 /// 0 is no limit.
@@ -219,9 +222,12 @@ impl Settings {
             },
             realtime: RealtimeSettings {
                 outbox_bytes: from.number("realtime.outbox_bytes"),
+                outbox_frames: from.number("realtime.outbox_frames"),
                 change_bytes: from.number("realtime.change_bytes"),
                 max_topics_per_connection: from.number("realtime.max_topics_per_connection"),
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
+                idle_timeout: from.time("realtime.idle_timeout"),
+                leak_window: from.time("realtime.leak_window"),
             },
             limits: LimitsSettings::from_resolved(from),
             sse: SseSettings {

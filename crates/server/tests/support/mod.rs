@@ -7,6 +7,7 @@ pub mod control_feed;
 pub mod memory;
 pub mod queries;
 pub mod reads;
+pub mod registry;
 pub mod school;
 pub mod unseen;
 

@@ -24,6 +24,12 @@ pub struct ClientAddress(IpAddr);
 #[derive(Debug, Clone, Default)]
 pub struct TrustedProxies(Vec<IpNet>);
 
+impl ClientAddress {
+    pub fn ip(self) -> IpAddr {
+        self.0
+    }
+}
+
 impl TrustedProxies {
     /// Addresses and networks, or the first that is neither.
     pub fn parse(list: &[String]) -> Result<TrustedProxies, String> {

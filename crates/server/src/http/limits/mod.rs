@@ -36,7 +36,6 @@ const TOP_TENANTS: usize = 100;
 /// Cheap to clone; all clones count together.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    pub outbox_bytes: usize,
     pub max_topics: usize,
     pub max_frame_bytes: usize,
     pub max_value_bytes: usize,
@@ -49,7 +48,6 @@ pub struct Limits {
 /// Sizes that other sections of the settings say.
 #[derive(Debug, Clone, Default)]
 pub struct Sizes {
-    pub outbox_bytes: usize,
     pub max_topics: usize,
     pub max_frame_bytes: usize,
     pub max_value_bytes: usize,
@@ -132,7 +130,6 @@ impl Limits {
             settings: settings.clone(),
         };
         Limits {
-            outbox_bytes: sizes.outbox_bytes,
             max_topics: sizes.max_topics,
             max_frame_bytes: sizes.max_frame_bytes,
             max_value_bytes: sizes.max_value_bytes,

@@ -8,11 +8,13 @@ use std::{
 use bytes::Bytes;
 use serde_json::{Value, json};
 use walcast_engine::{
-    Asked, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, model::Claims, resync_event,
+    Asked, Engine, Opening, Shape, SubscribeError, SubscribeRequest, SubscriptionHandle, TokenError, Vital, model::Claims,
+    registry::Listing, resync_event,
 };
 use walcast_protocol::{
-    join::Join,
+    join::{Join, RawBinding},
     phoenix::{Inbound, Vsn, end, push, reply},
+    websocket,
 };
 
 use super::{ByTopic, Socket};
@@ -30,6 +32,7 @@ pub struct Channel {
     ends_at: SystemTime,
     /// None while quarantined, or without bindings.
     handle: Option<SubscriptionHandle>,
+    listing: Option<Listing>,
     quarantined: bool,
     /// Counts for as long as the topic is joined.
     permit: Option<TopicPermit>,
@@ -62,6 +65,17 @@ impl Channels {
         self.by_topic.values().map(|channel| channel.ends_at).min()
     }
 
+    pub fn clear(&mut self) {
+        self.by_topic.clear();
+    }
+
+    /// Those that had more to hear than fitted go on reading.
+    pub async fn catch_up(&self, engine: &Engine) {
+        for handle in self.by_topic.values().filter_map(|channel| channel.handle.as_ref()) {
+            engine.catch_up(handle).await;
+        }
+    }
+
     pub fn take_due(&mut self) -> Vec<Channel> {
         let now = SystemTime::now();
         self.by_topic.extract_if(|_, channel| channel.ends_at <= now).map(|(_, channel)| channel).collect()
@@ -87,6 +101,18 @@ impl Channel {
         push(vsn, &self.topic, "system", payload.to_string().as_bytes())
     }
 
+    fn asked(&self) -> Vec<Asked> {
+        let asked = |binding: &RawBinding| Asked {
+            event: binding.event.clone(),
+            schema: binding.schema.clone(),
+            table: binding.table.clone(),
+            filter: binding.filter.clone(),
+            select: binding.select.clone(),
+            client_id: binding.id(),
+        };
+        self.join.bindings.iter().map(asked).collect()
+    }
+
     fn live(&self, vsn: Vsn) -> Vec<Bytes> {
         if self.join.bindings.is_empty() {
             return Vec::new();
@@ -98,7 +124,7 @@ impl Channel {
 impl Socket {
     pub(super) async fn join(&mut self, frame: Inbound) {
         if let Some(old) = self.channels.by_topic.remove(frame.topic.as_str()) {
-            self.outbox.push(old.ended(self.vsn, "phx_close", &json!({})));
+            self.say(&old.ended(self.vsn, "phx_close", &json!({})));
         }
         let join = Join::parse(&frame.payload);
         if let Err(reason) = self.may_open(&frame.topic, &join) {
@@ -112,6 +138,7 @@ impl Socket {
             token,
             ends_at: UNIX_EPOCH,
             handle: None,
+            listing: None,
             quarantined: false,
             permit: None,
         };
@@ -129,10 +156,11 @@ impl Socket {
             Err(TokenError::Expired(_)) => {
                 channel.quarantined = true;
                 channel.ends_at = SystemTime::now() + QUARANTINE;
-                self.outbox.push(reply(self.vsn, &frame, "ok", &json!({ "postgres_changes": echoes(&channel.join) })));
+                self.say(&reply(self.vsn, &frame, "ok", &json!({ "postgres_changes": echoes(&channel.join) })));
             }
             Err(error) => return self.refuse(&frame, &format!("{}: {error}", error.code())),
         }
+        self.connection.joined();
         self.channels.by_topic.insert(channel.topic.clone(), channel);
     }
 
@@ -141,27 +169,22 @@ impl Socket {
     async fn subscribe(&self, channel: &mut Channel, claims: Claims, answer: Option<&Inbound>) -> Result<(), SubscribeError> {
         channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
         let response = json!({ "postgres_changes": echoes(&channel.join) });
+        let asked = channel.asked();
+        let listing = self.connection.list(channel.topic.clone(), channel.join.component.as_deref(), &claims, &asked);
+        let listed = channel.listing.insert(listing).entry();
         if channel.join.bindings.is_empty() {
             if let Some(frame) = answer {
-                self.outbox.push(reply(self.vsn, frame, "ok", &response));
+                self.say(&reply(self.vsn, frame, "ok", &response));
             }
             return Ok(());
         }
-        let asked = channel.join.bindings.iter().map(|binding| Asked {
-            event: binding.event.clone(),
-            schema: binding.schema.clone(),
-            table: binding.table.clone(),
-            filter: binding.filter.clone(),
-            select: binding.select.clone(),
-            client_id: binding.id(),
-        });
         let shape = Shape::Realtime { vsn: self.vsn, topic: channel.topic.clone(), positions: channel.join.tracks_position };
         let (after, unreadable) = match channel.join.after.as_deref().map(str::parse) {
             Some(Ok(position)) => (Some(position), false),
             Some(Err(_)) => (None, true),
             None => (None, false),
         };
-        let request = SubscribeRequest { claims, asked: asked.collect(), shape, outbox: self.outbox.clone(), after };
+        let request = SubscribeRequest { claims, asked, shape, outbox: self.outbox.clone(), listed, after };
         let opened = self.app.engine.subscribe(request).await?;
         let mut first = Vec::new();
         if let Some(frame) = answer {
@@ -175,12 +198,12 @@ impl Socket {
                 };
                 response["walcast"] = json!({ "status": status, "reason": reason, "position": opened.position.to_string() });
             }
-            first.push(reply(self.vsn, frame, "ok", &response));
+            first.push(websocket::text(&reply(self.vsn, frame, "ok", &response)));
         } else if let Opening::Resync(reason) = opened.opening {
             // Answered long ago, in quarantine: a gap must be told all the same.
-            first.push(resync_event(&opened.handle.subscriber.shape, &opened.position, reason));
+            first.push(resync_event(&opened.handle.audience.shape, &opened.position, reason));
         }
-        first.extend(channel.live(self.vsn));
+        first.extend(channel.live(self.vsn).iter().map(|text| websocket::text(text)));
         channel.handle = Some(opened.release(first));
         Ok(())
     }
@@ -205,8 +228,14 @@ impl Socket {
                     }
                 } else {
                     channel.ends_at = UNIX_EPOCH + Duration::from_secs(claims.expires_at());
-                    if let Some(handle) = &channel.handle {
-                        handle.subscriber.set_claims(claims);
+                    if let Some(listing) = &channel.listing {
+                        listing.set_claims(&claims);
+                    }
+                    if let Some(handle) = channel.handle.take() {
+                        match self.app.engine.renew(handle, claims, channel.asked()).await {
+                            Ok(opened) => channel.handle = Some(opened.release_renewed()),
+                            Err(error) => return self.end_with_error(channel, &reason_of(&error)),
+                        }
                     }
                 }
                 self.channels.by_topic.insert(channel.topic.clone(), channel);
@@ -241,13 +270,14 @@ impl Socket {
 
     fn refuse(&self, frame: &Inbound, reason: &str) {
         metrics::counter!("walcast_joins_refused_total").increment(1);
+        self.connection.error(Vital::JoinRefused);
         self.answer(frame, "error", json!({ "reason": reason }));
     }
 }
 
 /// In the client's order, each as it was sent, with its id.
 fn echoes(join: &Join) -> Vec<Value> {
-    let echo = |binding: &walcast_protocol::join::RawBinding| {
+    let echo = |binding: &RawBinding| {
         let mut echo = binding.echo.clone();
         echo.insert("id".into(), binding.id().into());
         Value::Object(echo)

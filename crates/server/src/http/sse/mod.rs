@@ -19,7 +19,11 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use serde_json::Value;
-use walcast_engine::{Shape, SubscribeError, SubscribeRequest, model::Claims, outbox};
+use walcast_engine::{
+    Shape, SubscribeError, SubscribeRequest, Vital,
+    model::Claims,
+    registry::{Kind, NewConnection},
+};
 
 use crate::{
     http::{App, identity::Caller, limits::ClientAddress, refusal::Refusal},
@@ -64,12 +68,26 @@ pub async fn changes(State(app): State<App>, address: ClientAddress, uri: Uri, h
     let topic = permit.join(&watched, tenant.as_deref()).map_err(IntoResponse::into_response)?;
     let open = app.sse.streams.open(&watched, &user(&claims, address)).map_err(IntoResponse::into_response)?;
 
-    let (sender, reader) = outbox(app.limits.outbox_bytes);
-    let request = SubscribeRequest { claims, asked: vec![resource.asked], shape: Shape::Sse, outbox: sender, after };
-    let opened = app.engine.subscribe(request).await.map_err(|error| refused(not_subscribed(&error)))?;
+    let (sender, reader) = app.engine.outbox();
+    let listed = app.engine.registry().connect(NewConnection {
+        kind: Kind::Sse,
+        app: resource.app.as_deref(),
+        component: resource.component.as_deref(),
+        claims: &claims,
+        peer: address.ip(),
+        outbox: sender.clone(),
+    });
+    let asked = vec![resource.asked];
+    let listing = listed.list("sse:changes".into(), None, &claims, &asked);
+    let request = SubscribeRequest { claims, asked, shape: Shape::Sse, outbox: sender, listed: listing.entry(), after };
+    let opened = app.engine.subscribe(request).await.map_err(|error| {
+        listed.error(Vital::JoinRefused);
+        refused(not_subscribed(&error))
+    })?;
+    listed.joined();
     let first = vec![stream::retry(), opened.sse_opening()];
     let handle = opened.release(first);
-    let body = stream::body(Live { app, reader, handle, open, permit, topic, expires_at });
+    let body = stream::body(Live { app, reader, handle, open, permit, topic, expires_at, listed, _listing: listing });
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
         // Proxies that store, compress or buffer would hold events back.

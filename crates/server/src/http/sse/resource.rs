@@ -14,12 +14,15 @@ pub struct Resource {
     /// `Last-Event-ID` where a header cannot be set.
     pub last_event_id: Option<String>,
     pub ticket: Option<String>,
+    /// As the client calls itself.
+    pub app: Option<String>,
+    pub component: Option<String>,
 }
 
 impl Resource {
     pub fn parse(uri: &Uri) -> Result<Resource, Refusal> {
         let mut asked = Asked { event: "*".into(), schema: None, table: None, filter: None, select: None, client_id: 1 };
-        let (mut last_event_id, mut ticket) = (None, None);
+        let (mut last_event_id, mut ticket, mut app, mut component) = (None, None, None, None);
         for (name, value) in query_pairs(uri) {
             match name.as_str() {
                 "table" | "schema" if value.is_empty() => return Err(no_table()),
@@ -33,6 +36,8 @@ impl Resource {
                 "select" => asked.select = Some(value.split(',').map(|column| column.trim().to_owned()).collect()),
                 "last_event_id" => last_event_id = Some(value),
                 "ticket" => ticket = Some(value),
+                "app" => app = Some(value),
+                "component" => component = Some(value),
                 "apikey" => {}
                 other => {
                     return Err(Refusal::new(
@@ -48,7 +53,7 @@ impl Resource {
             return Err(no_table());
         }
         asked.schema.get_or_insert_with(|| "public".into());
-        Ok(Resource { asked, last_event_id, ticket })
+        Ok(Resource { asked, last_event_id, ticket, app, component })
     }
 
     /// All that decides what is heard: what a ticket is bound to.

@@ -9,7 +9,10 @@ use std::{
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::stream;
-use walcast_engine::{CloseReason, OutboxReader, SubscriptionHandle};
+use walcast_engine::{
+    CloseReason, OutboxReader, SubscriptionHandle, Vital,
+    registry::{ConnectionHandle, Listing},
+};
 use walcast_protocol::sse;
 
 use super::streams::OpenStream;
@@ -34,6 +37,8 @@ pub struct Live {
     pub topic: TopicPermit,
     /// Of the token or the ticket, in seconds since 1970.
     pub expires_at: u64,
+    pub listed: ConnectionHandle,
+    pub _listing: Listing,
 }
 
 struct Going {
@@ -58,6 +63,8 @@ pub fn body(live: Live) -> Body {
 async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option<Going>)> {
     let mut going = going?;
     let live = &mut going.live;
+    // Asked for more: the socket took what it was given.
+    live.listed.heard();
     if !going.waiting.is_empty() {
         let sent = live.send(&mut going.waiting).await;
         return Some((Ok(sent), Some(going)));
@@ -66,10 +73,18 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
     let said = tokio::select! {
         taken = live.reader.take(&mut going.waiting) => match taken {
             Ok(()) => {
+                if going.waiting.is_empty() {
+                    // There is room again for what did not fit.
+                    live.app.engine.catch_up(&live.handle).await;
+                    return Box::pin(next(Some(going))).await;
+                }
                 let sent = live.send(&mut going.waiting).await;
                 return Some((Ok(sent), Some(going)));
             }
-            Err(CloseReason::Slow { .. }) => last_words("closed", "too slow: reconnect to resume from the last id"),
+            Err(CloseReason::Slow { .. }) => {
+                live.listed.error(Vital::ClosedSlow);
+                last_words("closed", "too slow: reconnect to resume from the last id")
+            }
             Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
             Err(CloseReason::Gone) => return None,
         },
