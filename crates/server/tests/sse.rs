@@ -18,7 +18,7 @@ use tokio::{
 use walcast_engine::model::Position;
 use walcast_testkit::{SseStream, TestPostgres, jwt, wait};
 
-const SCHEMA: &str = "create table vitals (id bigint primary key, patient_id bigint, rate int);
+const SCHEMA: &str = "create table vitals (id bigint primary key, patient_id bigint, rate int, note text);
     alter table vitals replica identity full;
     grant select on vitals to authenticated, service_role;";
 const RESOURCE: &str = "/sse/v1/changes?table=vitals&filter=patient_id=eq.7";
@@ -266,6 +266,35 @@ async fn p3_a_cookie_counts_where_the_settings_say_so_and_for_pages_of_allowed_o
     let asked = http.get(format!("{}{RESOURCE}", server.url)).header("sec-fetch-site", "same-origin");
     let without = asked.header("cookie", format!("access_token={}", server.token("authenticated", Some("ada")))).send().await?;
     assert_eq!(without.status(), 401, "off unless set");
+    server.stop().await
+}
+
+/// The kernel goes on acknowledging for a program that hangs until its buffer is full; then nothing moves any more, as with
+/// a client whose network is gone.
+#[tokio::test]
+async fn p9_a_stream_whose_socket_no_longer_moves_is_gone_within_minutes_though_its_outbox_has_room() -> Result<()> {
+    let (postgres, server) = serving(&[("WALCAST_REALTIME__OUTBOX_BYTES", "64MiB")]).await?;
+    let ada = server.token("authenticated", Some("ada"));
+    let _hangs = Bare::open(&server, &ada).await?;
+    let writer = postgres.connect().await?;
+    let mut written = 0_u64;
+    loop {
+        let sql = "insert into vitals select $1::bigint + n, 7, 80, repeat('x', 20000) from generate_series(1, 100) n";
+        writer.execute(sql, &[&(written as i64)]).await?;
+        written += 100;
+        let handed_out = async || metric(&server, "walcast_changes_delivered_total").await.unwrap_or_default() as u64;
+        wait::until(DEADLINE, "the rows are in the outbox", async || handed_out().await >= written).await?;
+        let taken = statistics(&server).await?["resources"][0]["delivered"].as_u64().context("no figure")?;
+        if written > taken + 1_000 {
+            break;
+        }
+        ensure!(written < 3_000, "60 MB, and the socket still takes more");
+    }
+    wait::until(4 * DEADLINE, "the stream is gone", async || {
+        metric(&server, "walcast_subscriptions").await.ok() == Some(0.0)
+            && statistics(&server).await.is_ok_and(|now| now["streams"] == 0)
+    })
+    .await?;
     server.stop().await
 }
 

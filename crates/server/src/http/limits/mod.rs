@@ -157,8 +157,8 @@ impl Limits {
         let tenant = tenant.map(|tenant| shared.connection_of(tenant)).transpose()?;
         let most = shared.max_connections;
         let taken = shared.connections.fetch_update(Ordering::AcqRel, Ordering::Acquire, |now| (now < most).then_some(now + 1));
-        let before = taken.map_err(|_| full(Limit::Connections, most))?;
-        metrics::gauge!("walcast_connections").set((before + 1) as f64);
+        taken.map_err(|_| full(Limit::Connections, most))?;
+        metrics::gauge!("walcast_connections").increment(1.0);
         Ok(ConnectionPermit(Arc::new(Connection {
             joins: Bucket::new(settings.joins_per_second_per_connection, BURST_SECONDS),
             messages_in: Bucket::new(settings.messages_in_per_second_per_connection, BURST_SECONDS),
@@ -299,8 +299,8 @@ impl TopicPermit {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        let before = self.shared.connections.fetch_sub(1, Ordering::AcqRel);
-        metrics::gauge!("walcast_connections").set(before.saturating_sub(1) as f64);
+        self.shared.connections.fetch_sub(1, Ordering::AcqRel);
+        metrics::gauge!("walcast_connections").decrement(1.0);
     }
 }
 
