@@ -51,6 +51,11 @@ impl Scene {
             let sql = "insert into notes select n, repeat('x', $3::int) from generate_series($1::bigint, $2::bigint - 1) n";
             self.writer.execute(sql, &[&self.next, &until, &(ROW_BYTES as i32)]).await?;
             let range = self.next..until;
+            for socket in &mut self.healthy {
+                // Who is silent for a minute is let go, too; the answers are of no interest.
+                socket.send("phoenix", "heartbeat", json!({})).await?;
+                socket.take_backlog();
+            }
             let hear = self.healthy.iter_mut().map(|socket| hear(socket, range.clone()));
             for heard in futures_util::future::join_all(hear).await {
                 heard?;
