@@ -12,6 +12,7 @@ mod machine;
 mod memory;
 mod process;
 mod reads;
+mod realtime;
 mod redis;
 mod stage;
 mod wire;
@@ -36,7 +37,7 @@ struct Cli {
     size: Size,
 }
 
-#[derive(Debug, Clone, Copy, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Subcommand)]
 enum What {
     /// How fast a backlog goes through the whole pipeline, beside pg_recvlogical on the same changes
     Drain,
@@ -58,6 +59,15 @@ enum What {
     HitRatio,
     /// How long it takes to invalidate a tag that a million entries carry
     Tag,
+    /// What fan-out costs: row changes to many WebSocket subscribers beside Nchan, with row security, and idle connections
+    Realtime {
+        /// Only these, separated by commas
+        #[arg(long, value_enum, value_delimiter = ',')]
+        only: Vec<realtime::Scenario>,
+        /// Leave out Nchan
+        #[arg(long)]
+        without_peer: bool,
+    },
     /// All of them, one after the other (this is the default)
     All,
 }
@@ -73,7 +83,7 @@ struct Size {
     /// Rows of the second backlog, in transactions of 1,000
     #[arg(long, global = true, default_value_t = 300_000, value_parser = clap::value_parser!(u32).range(10_000..=30_000_000))]
     rows: u32,
-    /// Seconds that each measurement of `latency` takes
+    /// Seconds that each measurement of `latency` and `realtime` takes
     #[arg(long, global = true, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
     /// Commits a second in `latency`
@@ -109,7 +119,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 async fn run(cli: &Cli) -> anyhow::Result<()> {
-    let what = cli.what.unwrap_or(What::All);
+    let what = cli.what.as_ref().unwrap_or(&What::All);
     // These need neither PostgreSQL nor the program.
     let by_itself = matches!(what, What::L1 | What::HitRatio | What::Tag);
     machine::print(by_itself).await?;
@@ -142,6 +152,11 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
     }
     if matches!(what, What::Tenants | What::All) {
         reads::tenants(&cli.size).await?;
+    }
+    match what {
+        What::Realtime { only, without_peer } => realtime::run(&cli.size, only, !without_peer).await?,
+        What::All => realtime::run(&cli.size, &[], true).await?,
+        _ => {}
     }
     machine::print_repeat();
     Ok(())

@@ -7,8 +7,27 @@ use anyhow::Context;
 /// The unit of `/proc/PID/stat`: 100 on every Linux that programs get to see.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// CPU seconds, user and system, of all its threads.
+/// CPU seconds of all its threads.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Cpu {
+    pub user_s: f64,
+    pub system_s: f64,
+}
+
+impl std::ops::Sub for Cpu {
+    type Output = Cpu;
+
+    fn sub(self, before: Cpu) -> Cpu {
+        Cpu { user_s: self.user_s - before.user_s, system_s: self.system_s - before.system_s }
+    }
+}
+
+/// User and system together.
 pub fn cpu_s(pid: u32) -> anyhow::Result<f64> {
+    cpu(pid).map(|cpu| cpu.user_s + cpu.system_s)
+}
+
+pub fn cpu(pid: u32) -> anyhow::Result<Cpu> {
     let path = format!("/proc/{pid}/stat");
     let stat = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     cpu_of(&stat).with_context(|| format!("{path} has another form: {stat}"))
@@ -43,12 +62,12 @@ fn kin_of(stat: &str) -> Option<(u32, f64, f64)> {
 }
 
 /// Fields 14 and 15; the program's name, field 2, may hold blanks and brackets.
-fn cpu_of(stat: &str) -> Option<f64> {
+fn cpu_of(stat: &str) -> Option<Cpu> {
     let (_, after_name) = stat.rsplit_once(')')?;
     let mut fields = after_name.split_ascii_whitespace().skip(11);
     let user: f64 = fields.next()?.parse().ok()?;
     let system: f64 = fields.next()?.parse().ok()?;
-    Some((user + system) / TICKS_PER_SECOND)
+    Some(Cpu { user_s: user / TICKS_PER_SECOND, system_s: system / TICKS_PER_SECOND })
 }
 
 /// Resident now and at most so far.
@@ -76,7 +95,7 @@ mod tests {
     #[test]
     fn cpu_seconds_are_read_past_a_name_with_blanks() {
         let stat = "7 (a (b) c) S 1 7 7 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 4 0 12345";
-        assert_eq!(cpu_of(stat), Some(3.0));
+        assert_eq!(cpu_of(stat), Some(Cpu { user_s: 2.5, system_s: 0.5 }));
         assert_eq!(cpu_of("7 (short) S"), None);
     }
 

@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasher, Hash, RandomState},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -68,6 +69,15 @@ pub struct RuleBook {
     rules: Mutex<HashMap<ByTableAndRole, Arc<Rules>>>,
     by_name: Mutex<HashMap<TableName, TableId>>,
     generation: AtomicU64,
+    turns: [Turn; 16],
+    hasher: RandomState,
+}
+
+/// One reads for all who come at once: a herd of clients costs one look at the catalog, not one each.
+#[derive(Default)]
+struct Turn {
+    lock: tokio::sync::Mutex<()>,
+    failures: AtomicU64,
 }
 
 impl RuleBook {
@@ -89,9 +99,12 @@ impl RuleBook {
         if let Some(id) = known {
             return self.get(core, id, claims).await;
         }
-        let generation = self.generation.load(Ordering::Acquire);
-        let Some(rules) = Rules::find(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
-        Ok(Some(self.keep(generation, claims, rules)))
+        let known = || {
+            let id = self.by_name.lock().get(table).copied()?;
+            self.rules.lock().get(&(id, claims.role().to_owned())).cloned()
+        };
+        self.read(claims, (table, claims.role()), known, || Rules::find(&core.pool, table, claims, core.publications_of_rules()))
+            .await
     }
 
     pub fn forget(&self, table: &TableName) {
@@ -103,12 +116,38 @@ impl RuleBook {
 
     pub async fn get(&self, core: &Core, table: TableId, claims: &Claims) -> Result<Option<Arc<Rules>>, PgError> {
         let key = (table, claims.role().to_owned());
-        if let Some(rules) = self.rules.lock().get(&key) {
-            return Ok(Some(rules.clone()));
+        let known = || self.rules.lock().get(&key).cloned();
+        if let Some(rules) = known() {
+            return Ok(Some(rules));
+        }
+        self.read(claims, &key, known, || Rules::load(&core.pool, table, claims, core.publications_of_rules())).await
+    }
+
+    /// Whoever waited for another's look takes what that one found. Where it failed, all ask for themselves: side by side,
+    /// or those who wait would fail one after the other.
+    async fn read<R: Future<Output = Result<Option<Rules>, PgError>>>(
+        &self,
+        claims: &Claims,
+        whose: impl Hash,
+        known: impl Fn() -> Option<Arc<Rules>>,
+        ask: impl FnOnce() -> R,
+    ) -> Result<Option<Arc<Rules>>, PgError> {
+        let turn = &self.turns[(self.hasher.hash_one(whose) % self.turns.len() as u64) as usize];
+        let failures = turn.failures.load(Ordering::Acquire);
+        let mut held = Some(turn.lock.lock().await);
+        if let Some(rules) = known() {
+            return Ok(Some(rules));
+        }
+        if turn.failures.load(Ordering::Acquire) != failures {
+            held = None;
         }
         let generation = self.generation.load(Ordering::Acquire);
-        let Some(rules) = Rules::load(&core.pool, table, claims, core.publications_of_rules()).await? else { return Ok(None) };
-        Ok(Some(self.keep(generation, claims, rules)))
+        let rules = ask().await.inspect_err(|_| {
+            turn.failures.fetch_add(1, Ordering::AcqRel);
+        })?;
+        let rules = rules.map(|rules| self.keep(generation, claims, rules));
+        drop(held);
+        Ok(rules)
     }
 
     fn keep(&self, generation: u64, claims: &Claims, rules: Rules) -> Arc<Rules> {

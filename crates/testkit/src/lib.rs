@@ -1,6 +1,7 @@
 //! For tests: throw-away PostgreSQL, a socket client, an event-stream client, tokens, a proxy for
 //! faults, wait handles. A dev-dependency of every room that talks to a real database or socket.
 
+pub mod mutate;
 pub mod postgres;
 pub mod proxy;
 pub mod realtime_socket;

@@ -17,3 +17,8 @@ fn status(pid: u32, name: &str) -> Result<u64> {
     let kilobytes: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
     Ok(kilobytes << 10)
 }
+
+/// From now on [`peak_bytes`] tells of what comes.
+pub fn forget_peak(pid: u32) -> Result<()> {
+    std::fs::write(format!("/proc/{pid}/clear_refs"), "5").context("resetting the peak in /proc/…/clear_refs")
+}
