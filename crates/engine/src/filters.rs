@@ -171,14 +171,7 @@ async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate
     let claims = first.subscriber.claims();
     let rules = core.rules.get(core, first.change.table.id, &claims).await.ok()??;
     let needs = wanted.binding.filters.iter().map(|filter| filter.condition.column.clone()).collect();
-    let question = Question {
-        expression: wanted.expression.to_string(),
-        needs,
-        reads: Vec::new(),
-        reads_anything: false,
-        unheard: None,
-        policy: None,
-    };
+    let question = Question::of_row(wanted.expression.to_string(), needs);
     let images: Vec<(&Table, &Row)> = of
         .iter()
         .filter_map(|at| {
@@ -186,9 +179,9 @@ async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate
             Some((&*change.table, change.new.as_ref().or(change.old.as_ref())?))
         })
         .collect();
-    let nonce = core.next_nonce();
-    let asked = patiently(|| row_visibility::ask(&core.pool, &rules, &question, &claims, &images, nonce, ASK_TIMEOUT)).await;
     core.metrics.asked.increment(images.len() as u64);
+    let asking = row_visibility::Asking { claims: &claims, images, nonce: core.next_nonce() };
+    let asked = patiently(|| row_visibility::ask(&core.pool, &rules, &question, &asking, ASK_TIMEOUT)).await;
     match asked {
         Ok(answer) if answer.allowed.len() == of.len() => Some(answer.allowed),
         Ok(_) => None,
