@@ -14,6 +14,7 @@ mod process;
 mod reads;
 mod redis;
 mod stage;
+mod visibility;
 mod wire;
 
 use std::process::ExitCode;
@@ -58,6 +59,8 @@ enum What {
     HitRatio,
     /// How long it takes to invalidate a tag that a million entries carry
     Tag,
+    /// Who may see a row: claims bound, decided in memory, asked for many callers at once and for each
+    Visibility,
     /// All of them, one after the other (this is the default)
     All,
 }
@@ -142,6 +145,9 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
     }
     if matches!(what, What::Tenants | What::All) {
         reads::tenants(&cli.size).await?;
+    }
+    if matches!(what, What::Visibility | What::All) {
+        visibility::run(cli.size.rounds).await?;
     }
     machine::print_repeat();
     Ok(())

@@ -101,6 +101,10 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
             *verdict = Verdict::Unsure("a column of the filter is gone: subscribe again");
             continue;
         }
+        if candidate.wanting.iter().any(|(wanted, wants)| *wants == Wants::Ask && retyped(&wanted.binding.filters, table)) {
+            *verdict = Verdict::Unsure("a column of the filter has another type now: subscribe again");
+            continue;
+        }
         candidate.wanting.retain(|(wanted, _)| wanted.binding.filters.iter().all(|f| readable(&f.condition.column)));
         if candidate.wanting.is_empty() {
             *verdict = Verdict::Hide;
@@ -163,6 +167,15 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
             *verdict = Verdict::Hide;
         }
     }
+}
+
+/// The values were cast to what the column was when the client subscribed: now they may mean something else.
+fn retyped(filters: &[Filter], table: &Table) -> bool {
+    let other = |filter: &Filter| match (filter.type_oid, table.column(&filter.condition.column)) {
+        (Some(then), Some((_, now))) => then != now.type_oid,
+        _ => false,
+    };
+    filters.iter().any(other)
 }
 
 /// None: no answer.

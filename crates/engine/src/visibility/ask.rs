@@ -341,6 +341,14 @@ impl Desk<'_, '_> {
     }
 }
 
+/// Would an answer about this image be found without asking?
+pub(super) fn remembers_now(core: &Core, rules: &Rules, question: &Question, who: Who, image: Image<'_>, lsn: Lsn) -> bool {
+    let Some(cells) = cells(&question.needs, image.0, image.1).filter(|_| question.rememberable) else { return false };
+    let decides: Vec<TagHash> = question.reads.iter().map(|table| Tag::table(table).hash()).collect();
+    let answer = core.rules.answers.get(&Key { rules: rules.number, who, cells });
+    answer.is_some_and(|answer| holds(&core.clock, &decides, &answer.as_of, lsn))
+}
+
 /// Each its place among those that came so far.
 #[derive(Default)]
 struct Numbered {

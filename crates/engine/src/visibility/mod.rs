@@ -5,6 +5,7 @@
 //! rest. Whatever is in doubt is withheld and said, but only to those who could see it now.
 
 mod ask;
+mod explain;
 mod judge;
 mod remembered;
 mod rule_book;
@@ -27,6 +28,7 @@ use crate::{
 };
 
 pub(crate) use ask::heard_of;
+pub use explain::{ExplainError, RowAsked};
 pub use rule_book::RuleBook;
 
 /// A change and one subscriber whose bindings match it.

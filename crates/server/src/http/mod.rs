@@ -7,6 +7,7 @@
 pub mod admin;
 pub mod cache;
 pub mod etag;
+pub mod explain_visibility;
 pub mod header_lines;
 pub mod health;
 pub mod identity;
@@ -102,6 +103,7 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/queries/slow", get(query::slow::get))
         .route("/query/v1/{name}", get(query::get).post(query::post))
         .route("/admin/v1/cache", get(admin::cache))
+        .route("/admin/v1/explain-visibility", get(explain_visibility::get).post(explain_visibility::post))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",
