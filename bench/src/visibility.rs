@@ -51,7 +51,8 @@ pub async fn run(rounds: u32) -> anyhow::Result<()> {
     let ids = sql.query("select md5('u' || n)::uuid::text from generate_series(0, $1::int8 - 1) n", &[&(CALLERS as i64)]).await?;
     let callers: Vec<Claims> = ids.iter().map(|row| claims(row.get(0))).collect::<Result<_, _>>()?;
     let rows: Vec<Row> = (0..100).map(|at| image(at, ids[at * 7].get(0))).collect();
-    let (mut bind, mut memory, mut set, mut each) = (Figures::default(), Figures::default(), Figures::default(), Figures::default());
+    let (mut bind, mut memory, mut set, mut each) =
+        (Figures::default(), Figures::default(), Figures::default(), Figures::default());
     for _ in 0..rounds {
         let (mine, rules) = rules_of(&pool, &sql, "mine", &callers[0]).await?;
         let policy = question(&rules)?.policy.clone().context("decided in memory")?;
@@ -60,9 +61,10 @@ pub async fn run(rounds: u32) -> anyhow::Result<()> {
         bind.add(began.elapsed().as_secs_f64() * 1e6 / CALLERS as f64);
         let bound: Vec<_> = bound.into_iter().flatten().map(|values| policy.with(values)).collect();
         let began = Instant::now();
-        let shown = rows.iter().flat_map(|row| bound.iter().map(|bound| bound.decide(&mine, row))).filter(|answer| {
-            matches!(answer, walcast_auth::policy::Answer::Allow)
-        });
+        let shown = rows
+            .iter()
+            .flat_map(|row| bound.iter().map(|bound| bound.decide(&mine, row)))
+            .filter(|answer| matches!(answer, walcast_auth::policy::Answer::Allow));
         let shown = shown.count();
         memory.add(began.elapsed().as_secs_f64() * 1e6 / (CALLERS * rows.len()) as f64);
         if shown != rows.len() {
@@ -87,7 +89,8 @@ pub async fn run(rounds: u32) -> anyhow::Result<()> {
             bail!("{allowed} allowed, each team has 20 members");
         }
         let images: Vec<_> = rows[..10].iter().map(|row| (&teams, row)).collect();
-        let one_by_one = callers.iter().take(1_000).zip(0..).map(|(claims, nonce)| Asking { claims, images: images.clone(), nonce });
+        let one_by_one =
+            callers.iter().take(1_000).zip(0..).map(|(claims, nonce)| Asking { claims, images: images.clone(), nonce });
         let one_by_one: Vec<Asking<'_>> = one_by_one.collect();
         let began = Instant::now();
         for some in one_by_one.chunks(200) {
@@ -126,12 +129,7 @@ fn question(rules: &Rules) -> anyhow::Result<&Question> {
     }
 }
 
-async fn rules_of(
-    pool: &Pool,
-    sql: &tokio_postgres::Client,
-    name: &str,
-    claims: &Claims,
-) -> anyhow::Result<(Table, Rules)> {
+async fn rules_of(pool: &Pool, sql: &tokio_postgres::Client, name: &str, claims: &Claims) -> anyhow::Result<(Table, Rules)> {
     let oid: u32 = sql.query_one("select ($1::text)::regclass::oid", &[&name]).await?.get(0);
     let publications = Publications { realtime: "supabase_realtime", cache: "walcast" };
     let rules = Rules::load(pool, TableId(oid), claims, publications).await?.context("the table is there")?;

@@ -324,7 +324,7 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
                 if question.reads.is_empty() {
                     question.policy = Policy::compile(&permissive, &restrictive, &columns).map(Arc::new);
                 }
-                let plain = |text: &String| parse(text).is_some_and(|tree| hangs(&tree) == Hangs::OnNothingElse);
+                let plain = |text: &String| parse(text).is_some_and(|tree| hangs(&tree) == Hangs::NothingElse);
                 question.rememberable = permissive.iter().chain(&restrictive).all(plain);
                 // Their own row security asks who reads them, which no column of ours tells.
                 if secured.is_empty() {

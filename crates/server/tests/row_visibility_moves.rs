@@ -168,6 +168,45 @@ async fn p3_whoever_may_not_see_a_row_now_is_not_told_that_one_matched() -> Resu
     room.server.stop().await
 }
 
+/// A large value that an UPDATE left as it was is not in the stream: whether they may see the row cannot be told from it.
+#[tokio::test]
+async fn p3_of_a_row_whose_deciding_value_is_missing_only_those_hear_who_see_it() -> Result<()> {
+    let postgres = TestPostgres::start().await?;
+    let schema = format!(
+        "{SCHEMA} create table letters (id bigint primary key, n int, reader text); alter table letters enable row level security; \
+         alter table letters alter column reader set storage external; grant select on letters to authenticated, service_role; \
+         create policy theirs on letters for select to authenticated using (reader = rpad(auth.uid()::text, 5000, 'x'));"
+    );
+    migrate(&postgres, &schema, &["marks", "letters"]).await?;
+    for policy in [
+        "reader = rpad(auth.uid()::text, 5000, 'x')",
+        "split_part(reader, 'x', 1) = auth.uid()::text",
+        "reader = concat(auth.uid(), '+')",
+    ] {
+        let sql = postgres.connect().await?;
+        sql.batch_execute(&format!("alter policy theirs on letters using ({policy}); truncate letters; truncate marks")).await?;
+        let reader = if policy.contains('+') { format!("'{ADA}+'") } else { format!("rpad('{ADA}', 5000, 'x')") };
+        let server = Server::start(&postgres, &[]).await?;
+        let mut room = Room { ada: letters(&server, ADA).await?, bob: letters(&server, BOB).await?, server, sql, mark: 0 };
+        ensure!(
+            room.heard(&format!("insert into letters values (1, 1, {reader})")).await? == [vec!["letters/1".to_owned()], vec![]]
+        );
+        let [ada, bob] = room.heard("update letters set n = 2 where id = 1").await?;
+        ensure!(ada.len() == 1 && bob.is_empty(), "{policy}: {ada:?} {bob:?}");
+        ensure!(policy.contains('+') || ada == ["resync"], "{policy}: {ada:?}");
+        room.server.stop().await?;
+    }
+    Ok(())
+}
+
+async fn letters(server: &Server, who: &str) -> Result<RealtimeSocket> {
+    let mut socket = RealtimeSocket::connect(&server.url, &server.token("authenticated", Some(who)), Vsn::V2).await?;
+    let bindings = ["marks", "letters"].map(|table| json!({ "event": "*", "schema": "public", "table": table }));
+    socket.join_ok("realtime:letters", json!({ "postgres_changes": bindings }), None).await?;
+    socket.next_where(|frame| frame.event == "system", DEADLINE).await?;
+    Ok(socket)
+}
+
 #[tokio::test]
 async fn explain_visibility_says_whether_why_and_which_way() -> Result<()> {
     let postgres = TestPostgres::start().await?;

@@ -54,7 +54,7 @@ fn replace(text: &str, asked: &mut Vec<Asked>) -> Option<String> {
     let _ = tree.visit(&mut parts);
     let mut needles = parts.needles;
     // What is left reads the row, tables, the clock; nothing that could be of the caller.
-    if hangs(&tree) == Hangs::OnAnything || reads_claims(&tree) {
+    if hangs(&tree) == Hangs::Anything || reads_claims(&tree) {
         return None;
     }
     needles.sort_by_key(|(printed, _)| std::cmp::Reverse(printed.len()));

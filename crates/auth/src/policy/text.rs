@@ -28,16 +28,16 @@ pub fn parse(text: &str) -> Option<Expr> {
 /// What an expression hangs on, beside the row, the caller and the tables that it names. In doubt, anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hangs {
-    OnNothingElse,
-    OnTheClock,
-    OnAnything,
+    NothingElse,
+    TheClock,
+    Anything,
 }
 
 pub fn hangs(expr: &Expr) -> Hangs {
-    let mut look = Look(Hangs::OnNothingElse);
+    let mut look = Look(Hangs::NothingElse);
     match expr.visit(&mut look) {
         ControlFlow::Continue(()) => look.0,
-        ControlFlow::Break(()) => Hangs::OnAnything,
+        ControlFlow::Break(()) => Hangs::Anything,
     }
 }
 
@@ -106,10 +106,10 @@ impl Visitor for Look {
 
     fn pre_visit_expr(&mut self, expr: &Expr) -> ControlFlow<()> {
         let on = match expr {
-            _ if is_callers(expr) => Hangs::OnNothingElse,
+            _ if is_callers(expr) => Hangs::NothingElse,
             // Unquoted capitals are a keyword, as CURRENT_ROLE is.
             Expr::Identifier(name) if name.quote_style.is_none() && name.value.bytes().any(|b| b.is_ascii_uppercase()) => {
-                Hangs::OnAnything
+                Hangs::Anything
             }
             Expr::Function(function) => {
                 let name = match function.name.0.as_slice() {
@@ -118,18 +118,18 @@ impl Visitor for Look {
                 };
                 let listed = !matches!(function.args, FunctionArguments::Subquery(_));
                 if listed && function.over.is_none() && PLAIN.contains(&name.as_str()) {
-                    Hangs::OnNothingElse
+                    Hangs::NothingElse
                 } else if listed && CLOCK.contains(&name.as_str()) {
-                    Hangs::OnTheClock
+                    Hangs::TheClock
                 } else {
-                    Hangs::OnAnything
+                    Hangs::Anything
                 }
             }
             // A constant as it was stored, or one that its type's input reads anew: 'today' is one of a date's.
-            Expr::Cast { data_type: DataType::Custom(..), .. } => Hangs::OnAnything,
-            Expr::Cast { expr, data_type, .. } if is_plain(data_type) || is_constant(expr) => Hangs::OnNothingElse,
-            Expr::Cast { .. } => Hangs::OnTheClock,
-            Expr::BinaryOp { op: BinaryOperator::PGCustomBinaryOperator(_), .. } => Hangs::OnAnything,
+            Expr::Cast { data_type: DataType::Custom(..), .. } => Hangs::Anything,
+            Expr::Cast { expr, data_type, .. } if is_plain(data_type) || is_constant(expr) => Hangs::NothingElse,
+            Expr::Cast { .. } => Hangs::TheClock,
+            Expr::BinaryOp { op: BinaryOperator::PGCustomBinaryOperator(_), .. } => Hangs::Anything,
             Expr::Identifier(_)
             | Expr::CompoundIdentifier(_)
             | Expr::Value(_)
@@ -157,11 +157,11 @@ impl Visitor for Look {
             | Expr::ILike { .. }
             | Expr::Case { .. }
             | Expr::Array(_)
-            | Expr::Tuple(_) => Hangs::OnNothingElse,
-            _ => Hangs::OnAnything,
+            | Expr::Tuple(_) => Hangs::NothingElse,
+            _ => Hangs::Anything,
         };
         self.0 = self.0.max(on);
-        if on == Hangs::OnAnything { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if on == Hangs::Anything { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 }
 
@@ -175,30 +175,30 @@ mod tests {
 
     #[test]
     fn what_a_policy_hangs_on_is_known_or_it_is_anything() {
-        use Hangs::{OnAnything, OnNothingElse, OnTheClock};
+        use Hangs::{Anything, NothingElse, TheClock};
         for (text, on) in [
             (
                 "(EXISTS ( SELECT 1\n   FROM public.members m\n  WHERE ((m.tenant = t.tenant) AND (m.who = auth.uid()))))",
-                OnNothingElse,
+                NothingElse,
             ),
-            ("(tenant IN ( SELECT m.tenant FROM public.members m WHERE (m.who = ( SELECT auth.uid() AS uid))))", OnNothingElse),
-            ("(day < now())", OnTheClock),
-            ("(day < CURRENT_DATE)", OnTheClock),
-            ("(day = '2026-01-01'::date)", OnNothingElse),
-            ("(day = (tenant)::date)", OnTheClock),
-            ("(random() < 0.5)", OnAnything),
-            ("(tenant = current_setting('walcast.x'::text))", OnAnything),
-            ("(tenant = current_setting('request.jwt.claims'::text))", OnNothingElse),
-            ("public.may(id)", OnAnything),
-            ("(EXISTS ( SELECT 1 FROM generate_series(1, n) g(g)))", OnAnything),
-            ("(EXISTS ( SELECT 1 FROM public.members m TABLESAMPLE system (10)))", OnAnything),
-            ("(mood = 'happy'::public.mood)", OnAnything),
-            ("(a OPERATOR(public.===) b)", OnAnything),
-            ("pg_has_role('x'::name, 'member'::text)", OnAnything),
-            ("(owner = CURRENT_ROLE)", OnAnything),
+            ("(tenant IN ( SELECT m.tenant FROM public.members m WHERE (m.who = ( SELECT auth.uid() AS uid))))", NothingElse),
+            ("(day < now())", TheClock),
+            ("(day < CURRENT_DATE)", TheClock),
+            ("(day = '2026-01-01'::date)", NothingElse),
+            ("(day = (tenant)::date)", TheClock),
+            ("(random() < 0.5)", Anything),
+            ("(tenant = current_setting('walcast.x'::text))", Anything),
+            ("(tenant = current_setting('request.jwt.claims'::text))", NothingElse),
+            ("public.may(id)", Anything),
+            ("(EXISTS ( SELECT 1 FROM generate_series(1, n) g(g)))", Anything),
+            ("(EXISTS ( SELECT 1 FROM public.members m TABLESAMPLE system (10)))", Anything),
+            ("(mood = 'happy'::public.mood)", Anything),
+            ("(a OPERATOR(public.===) b)", Anything),
+            ("pg_has_role('x'::name, 'member'::text)", Anything),
+            ("(owner = CURRENT_ROLE)", Anything),
         ] {
             let parsed = parse(text);
-            assert_eq!(parsed.as_ref().map_or(OnAnything, hangs), on, "{text}: {parsed:?}");
+            assert_eq!(parsed.as_ref().map_or(Anything, hangs), on, "{text}: {parsed:?}");
         }
     }
 }

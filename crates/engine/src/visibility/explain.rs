@@ -127,7 +127,7 @@ impl Engine {
             "row_filter": question.and_then(|question| question.row_filter.clone()),
             "decided": way, "not_in_memory_because": why_not,
             "remembered_until_a_table_moves": question.is_some_and(|question| question.rememberable),
-            "reads": question.map(|question| reads(question)),
+            "reads": question.map(reads),
             "replica_identity": format!("{:?}", described.identity).to_lowercase(),
             "row": as_json(&described, &image, &rules),
             "insert": told(&verdicts[0], "INSERT"), "update": told(&verdicts[1], "UPDATE"), "delete": told(&verdicts[2], "DELETE"),

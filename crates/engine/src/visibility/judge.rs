@@ -39,6 +39,14 @@ pub(super) struct Told {
     pub moved: bool,
 }
 
+/// What callers who are the same to the policy are told, by change.
+pub(super) struct Answered<'c> {
+    pub callers: Vec<&'c Caller>,
+    pub told: HashMap<usize, Told>,
+    /// After the commit, of PostgreSQL.
+    asked: bool,
+}
+
 const MOVED: &str = "authorisation moved";
 const LACKING: &str = "a value that the policy reads is not in the stream: REPLICA IDENTITY FULL sends it";
 const UNHEARD: &str = "a policy reads a table that is not published";
@@ -78,24 +86,25 @@ pub(super) async fn judge(core: &Core, of_role: &OfRole<'_>) -> Vec<(usize, Verd
         }
         RowRule::Ask(question) => {
             let mut verdicts = Vec::new();
-            let left = match &question.policy {
-                Some(policy) => decide_here(core, &judged, policy, &mut verdicts).await,
-                None => of_role.callers.iter().collect(),
+            let (mut answered, left) = match &question.policy {
+                Some(policy) => decide_here(core, &judged, policy).await,
+                None => (Vec::new(), of_role.callers.iter().collect()),
             };
-            if !left.is_empty() {
-                let doubts: Vec<Doubt> =
-                    of_role.changes.iter().map(|placed| moved_with(question, placed.commit, placed.change)).collect();
-                for (callers, answer) in ask::ask(core, &rules, question, &of_role.changes, &outlooks, left).await {
-                    match answer {
-                        Ok(told) => {
-                            judged.conclude(&callers, |change| told.get(&change).copied(), |at| doubts[at], &mut verdicts)
-                        }
-                        Err(reason) => {
-                            core.metrics.withheld_errors.increment(callers.iter().map(|caller| caller.wants.len() as u64).sum());
-                            verdicts.extend(callers.iter().flat_map(|caller| judged.unsure(caller, reason)));
-                        }
+            for (callers, answer) in ask::ask(core, &rules, question, &of_role.changes, &outlooks, left).await {
+                match answer {
+                    Ok(told) => answered.push(Answered { callers, told, asked: true }),
+                    Err(reason) => {
+                        core.metrics.withheld_errors.increment(callers.iter().map(|caller| caller.wants.len() as u64).sum());
+                        verdicts.extend(callers.iter().flat_map(|caller| judged.unsure(caller, reason)));
                     }
                 }
+            }
+            ask::confirm(core, &rules, &of_role.changes, &mut answered).await;
+            let doubts: Vec<Doubt> =
+                of_role.changes.iter().map(|placed| moved_with(question, placed.commit, placed.change)).collect();
+            for Answered { callers, told, asked } in &answered {
+                let doubt = |at: usize| if *asked { doubts[at] } else { Doubt::None };
+                judged.conclude(callers, |change| told.get(&change).copied(), doubt, &mut verdicts);
             }
             verdicts
         }
@@ -214,18 +223,13 @@ impl Judged<'_> {
 }
 
 /// Policies that the row and the claims alone decide. Returns those for whom PostgreSQL has to be asked after all.
-async fn decide_here<'a>(
-    core: &Core,
-    judged: &Judged<'a>,
-    policy: &Policy,
-    verdicts: &mut Vec<(usize, Verdict)>,
-) -> Vec<&'a Caller> {
+async fn decide_here<'a>(core: &Core, judged: &Judged<'a>, policy: &Policy) -> (Vec<Answered<'a>>, Vec<&'a Caller>) {
     let callers = &judged.of_role.callers;
     let claims: Vec<Claims> = callers.iter().map(|caller| caller.claims.clone()).collect();
     let Ok(bound) = patiently(|| policy.binder.bound(&core.pool, &claims, ASK_TIMEOUT)).await else {
-        return callers.iter().collect();
+        return (Vec::new(), callers.iter().collect());
     };
-    let mut left = Vec::new();
+    let (mut answered, mut left) = (Vec::new(), Vec::new());
     let mut same: HashMap<Arc<Values>, Vec<&Caller>> = HashMap::new();
     for (caller, bound) in callers.iter().zip(bound) {
         match bound {
@@ -248,14 +252,16 @@ async fn decide_here<'a>(
                 Some(Told { new: sight(&change.new)?, old: sight(&change.old)?, moved: false })
             });
         }
-        if told.values().any(Option::is_none) {
+        let wanted = told.len();
+        let told: HashMap<usize, Told> = told.into_iter().filter_map(|(change, told)| Some((change, told?))).collect();
+        if told.len() < wanted {
             left.extend(callers);
             continue;
         }
         core.metrics.decided.increment(told.len() as u64);
-        judged.conclude(&callers, |change| told.get(&change).copied().flatten(), |_| Doubt::None, verdicts);
+        answered.push(Answered { callers, told, asked: false });
     }
-    left
+    (answered, left)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -104,7 +104,9 @@ fn told(answer: &Value) -> String {
             _ => "null, which admits nothing".into(),
         };
         line("", format!("{} `{}`: {says}", text(&policy["kind"]), text(&policy["name"])));
-        line("", format!("  {}", text(&policy["using"])));
+        // PostgreSQL breaks its print into lines.
+        let using = policy["using"].as_str().unwrap_or_default().split('\n').map(str::trim).collect::<Vec<_>>().join(" ");
+        line("", format!("  {}", clean(&using)));
     }
     if let Value::String(filter) = &answer["row_filter"] {
         line("row filter", clean(filter));
