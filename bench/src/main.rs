@@ -15,6 +15,7 @@ mod reads;
 mod realtime;
 mod redis;
 mod stage;
+mod visibility;
 mod wire;
 
 use std::process::ExitCode;
@@ -68,6 +69,8 @@ enum What {
         #[arg(long)]
         without_peer: bool,
     },
+    /// Who may see a row: claims bound, decided in memory, asked for many callers at once and for each
+    Visibility,
     /// All of them, one after the other (this is the default)
     All,
 }
@@ -157,6 +160,9 @@ async fn run(cli: &Cli) -> anyhow::Result<()> {
         What::Realtime { only, without_peer } => realtime::run(&cli.size, only, !without_peer).await?,
         What::All => realtime::run(&cli.size, &[], true).await?,
         _ => {}
+    }
+    if matches!(what, What::Visibility | What::All) {
+        visibility::run(cli.size.rounds).await?;
     }
     machine::print_repeat();
     Ok(())

@@ -10,7 +10,7 @@ pub mod row_visibility;
 mod rules;
 mod tokens;
 
-pub use rules::{ColumnRule, Publications, Question, RowRule, Rules, rules_fingerprint};
+pub use rules::{ColumnRule, PolicyText, Publications, Question, RowRule, Rules, rules_fingerprint};
 pub use tokens::{TokenError, Tokens, install_crypto};
 
 /// What this room puts into the database, in order.

@@ -3,16 +3,28 @@
 //! Loaded as the role, kept by the engine until the table is redefined or the catalog moves. Everything that cannot be
 //! looked into makes the rule stricter, never wider.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio_postgres::{Row, types::Type};
 use walcast_model::{Claims, Collation, Family, Snapshot, TableId, TableName, Xid};
 use walcast_pg::{Envelope, PgError, Pool, quote_ident};
 
-use crate::{claims_functions, policy::Policy};
+use crate::{
+    claims_functions,
+    policy::{Hangs, Policy, SetForm, hangs, parse},
+};
 
 #[derive(Debug, Clone)]
 pub struct Rules {
+    /// No other rules of this process have it.
+    pub number: u64,
     pub table: TableId,
     pub name: TableName,
     /// Columns of the table now, in order.
@@ -67,9 +79,45 @@ pub struct Question {
     pub unheard: Option<TableName>,
     /// The same, to be decided without asking, where that is proven to come to the same.
     pub policy: Option<Arc<Policy>>,
+    /// The same, for one statement that serves many callers.
+    pub set: Option<Arc<SetForm>>,
+    /// Nothing but the caller, the image's `needs` and the tables that it `reads` decide: an answer holds until one of them moves.
+    pub rememberable: bool,
+    /// What it was put together from.
+    pub policies: Vec<PolicyText>,
+    /// The publication's own choice of rows.
+    pub row_filter: Option<String>,
+}
+
+/// A policy for SELECT that counts for the role, as PostgreSQL prints it with an empty search path.
+#[derive(Debug, Clone)]
+pub struct PolicyText {
+    pub name: String,
+    /// Permissive ones are alternatives, restrictive ones must all hold.
+    pub permissive: bool,
+    pub using: String,
+}
+
+impl Question {
+    /// Of the row's own columns alone; nothing is known of it but what PostgreSQL answers.
+    pub fn of_row(expression: String, needs: Vec<String>) -> Question {
+        Question {
+            expression,
+            needs,
+            reads: Vec::new(),
+            reads_anything: false,
+            unheard: None,
+            policy: None,
+            set: None,
+            rememberable: false,
+            policies: Vec::new(),
+            row_filter: None,
+        }
+    }
 }
 
 const DOING: &str = "reading the rules of a table";
+static NUMBERS: AtomicU64 = AtomicU64::new(0);
 
 const TABLE: &str = "
 select n.nspname::text, c.relname::text, coalesce(row_security_active(c.oid), true), coalesce(has_schema_privilege(n.oid, 'usage'), false),
@@ -115,7 +163,8 @@ order by a.attnum";
 
 const POLICIES: &str = "
 select p.polpermissive, pg_get_expr(p.polqual, p.polrelid), p.xmin::text, age(p.xmin) = 2147483647,
-       p.polroles = '{0}' or exists (select from unnest(p.polroles) r where r <> 0 and coalesce(pg_has_role(current_user, r, 'usage'), false))
+       p.polroles = '{0}' or exists (select from unnest(p.polroles) r where r <> 0 and coalesce(pg_has_role(current_user, r, 'usage'), false)),
+       p.polname::text
 from pg_catalog.pg_policy p
 where p.polrelid = $1::int8::oid and p.polcmd in ('*', 'r')
 order by p.polname";
@@ -140,7 +189,8 @@ select distinct r.polrelid = $1::int8::oid as own, d.refclassid = 'pg_catalog.pg
        (select pt.schemaname || chr(10) || pt.tablename from pg_catalog.pg_publication_tables pt
         join pg_catalog.pg_namespace rn on rn.nspname = pt.schemaname
         join pg_catalog.pg_class rc on rc.relnamespace = rn.oid and rc.relname = pt.tablename
-        where pt.pubname = $2 and rc.oid = coalesce(pg_partition_root(c.oid)::oid, c.oid))
+        where pt.pubname = $2 and rc.oid = coalesce(pg_partition_root(c.oid)::oid, c.oid)),
+       coalesce(c.relkind in ('r', 'p') and row_security_active(c.oid), false)
 from reach r
 join pg_catalog.pg_policy q on q.oid = r.oid
 join pg_catalog.pg_depend d on d.classid = 'pg_catalog.pg_policy'::regclass and d.objid = r.oid
@@ -149,7 +199,16 @@ left join pg_catalog.pg_namespace n on n.oid = c.relnamespace
 left join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = d.refobjsubid and d.refobjsubid > 0
 left join pg_catalog.pg_proc f on d.refclassid = 'pg_catalog.pg_proc'::regclass and f.oid = d.refobjid
 left join pg_catalog.pg_namespace fn on fn.oid = f.pronamespace
-where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::regclass)";
+-- Operators and domains of users hide functions. What is PostgreSQL's own stands in no dependency.
+where d.refclassid in ('pg_catalog.pg_class'::regclass, 'pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_operator'::regclass)
+   or (d.refclassid = 'pg_catalog.pg_type'::regclass and exists (select from pg_catalog.pg_type t where t.oid = d.refobjid and t.typtype = 'd'))";
+
+/// The policies of these tables, which decide what a policy that reads them finds.
+const POLICIES_OF_READ: &str = "
+select pg_get_expr(p.polqual, p.polrelid) from pg_catalog.pg_policy p
+join pg_catalog.pg_class c on c.oid = p.polrelid join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+where p.polcmd in ('*', 'r') and p.polqual is not null
+  and exists (select from unnest($1::text[], $2::text[]) read(s, t) where read.s = n.nspname and read.t = c.relname)";
 
 /// What clients may subscribe to, and what feeds the tag clock.
 #[derive(Debug, Clone, Copy)]
@@ -252,22 +311,39 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
         (Some(None), _) => RowRule::Nobody,
         (policies, filter) => {
             let policies = policies.flatten().unwrap_or_default();
+            let Reads { mut question, secured } = reads(client, by_table, publications.cache, &mut changed).await?;
             let parts: Vec<String> =
-                policies.expression().into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
-            let mut question = reads(client, by_table, publications.cache, &mut changed).await?;
+                expression(&policies).into_iter().chain(filter.clone()).map(|part| format!("({part})")).collect();
             question.expression = parts.join(" and ");
-            if question.reads.is_empty() && !question.reads_anything && question.unheard.is_none() {
-                let restrictive: Vec<String> = policies.restrictive.iter().chain(&filter).cloned().collect();
-                question.policy = Policy::compile(&policies.permissive, &restrictive, &columns).map(Arc::new);
+            let of = |permissive: bool| {
+                policies.iter().filter(move |policy| policy.permissive == permissive).map(|policy| policy.using.clone())
+            };
+            let permissive: Vec<String> = of(true).collect();
+            let restrictive: Vec<String> = of(false).chain(filter.clone()).collect();
+            if !question.reads_anything && question.unheard.is_none() {
+                if question.reads.is_empty() {
+                    question.policy = Policy::compile(&permissive, &restrictive, &columns).map(Arc::new);
+                }
+                let plain = |text: &String| parse(text).is_some_and(|tree| hangs(&tree) == Hangs::NothingElse);
+                question.rememberable = permissive.iter().chain(&restrictive).all(plain);
+                // Their own row security asks who reads them, which no column of ours tells.
+                if secured.is_empty() {
+                    question.set = SetForm::of(&permissive, &restrictive).map(Arc::new);
+                } else {
+                    question.rememberable &= policies_of(client, &secured).await?.iter().all(plain);
+                }
             }
             if filter.is_some() {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
                 question.needs = columns.iter().map(|column| column.name.clone()).collect();
             }
+            question.policies = policies;
+            question.row_filter = filter;
             RowRule::Ask(Box::new(question))
         }
     };
     Ok(Some(Rules {
+        number: NUMBERS.fetch_add(1, Ordering::Relaxed),
         table,
         name: TableName::new(head.get(0), head.get(1)),
         columns,
@@ -279,21 +355,12 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
     }))
 }
 
-/// As PostgreSQL prints them. Permissive ones are alternatives, restrictive ones must all hold.
-#[derive(Default)]
-struct Policies {
-    permissive: Vec<String>,
-    restrictive: Vec<String>,
-}
-
-impl Policies {
-    fn expression(&self) -> Option<String> {
-        let holds = |expression: &String| format!("coalesce(({expression}), false)");
-        let any: Vec<String> = self.permissive.iter().map(holds).collect();
-        let mut all = if any.is_empty() { Vec::new() } else { vec![format!("({})", any.join(" or "))] };
-        all.extend(self.restrictive.iter().map(holds));
-        (!all.is_empty()).then(|| all.join(" and "))
-    }
+fn expression(policies: &[PolicyText]) -> Option<String> {
+    let holds = |policy: &PolicyText| format!("coalesce(({}), false)", policy.using);
+    let any: Vec<String> = policies.iter().filter(|policy| policy.permissive).map(holds).collect();
+    let mut all = if any.is_empty() { Vec::new() } else { vec![format!("({})", any.join(" or "))] };
+    all.extend(policies.iter().filter(|policy| !policy.permissive).map(holds));
+    (!all.is_empty()).then(|| all.join(" and "))
 }
 
 /// None: without a permissive one nobody sees a row.
@@ -301,18 +368,33 @@ async fn policies(
     client: &tokio_postgres::Client,
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
     changed: &mut Changed,
-) -> Result<Option<Policies>, PgError> {
-    let mut policies = Policies::default();
+) -> Result<Option<Vec<PolicyText>>, PgError> {
+    let mut policies = Vec::new();
     for row in client.query_typed(POLICIES, by_table).await.map_err(PgError::when(DOING))? {
         changed.note(&row, 2);
         if !row.get::<_, bool>(4) {
             continue;
         }
         // Without USING a permissive policy admits no row and a restrictive one forbids none.
-        let Some(expression) = row.get::<_, Option<String>>(1) else { continue };
-        if row.get(0) { policies.permissive.push(expression) } else { policies.restrictive.push(expression) }
+        let Some(using) = row.get::<_, Option<String>>(1) else { continue };
+        policies.push(PolicyText { name: row.get(5), permissive: row.get(0), using });
     }
-    Ok((!policies.permissive.is_empty()).then_some(policies))
+    Ok(policies.iter().any(|policy| policy.permissive).then_some(policies))
+}
+
+async fn policies_of(client: &tokio_postgres::Client, tables: &[TableName]) -> Result<Vec<String>, PgError> {
+    let schemas: Vec<&str> = tables.iter().map(TableName::schema).collect();
+    let names: Vec<&str> = tables.iter().map(TableName::table).collect();
+    let params: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] =
+        &[(&schemas, Type::TEXT_ARRAY), (&names, Type::TEXT_ARRAY)];
+    let rows = client.query_typed(POLICIES_OF_READ, params).await.map_err(PgError::when(DOING))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+struct Reads {
+    question: Question,
+    /// Those whose own row security holds for the role.
+    secured: Vec<TableName>,
 }
 
 async fn reads(
@@ -320,15 +402,9 @@ async fn reads(
     by_table: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
     heard_through: &str,
     changed: &mut Changed,
-) -> Result<Question, PgError> {
-    let mut question = Question {
-        expression: String::new(),
-        needs: Vec::new(),
-        reads: Vec::new(),
-        reads_anything: false,
-        unheard: None,
-        policy: None,
-    };
+) -> Result<Reads, PgError> {
+    let mut question = Question::of_row(String::new(), Vec::new());
+    let mut secured = Vec::new();
     let mut whole_row = false;
     let params = [by_table, &[(&heard_through, Type::TEXT)]].concat();
     for row in client.query_typed(READS, &params).await.map_err(PgError::when(DOING))? {
@@ -349,6 +425,9 @@ async fn reads(
         } else {
             match row.get::<_, &str>(7) {
                 "r" | "p" => {
+                    if row.get(15) {
+                        secured.push(TableName::new(schema, name));
+                    }
                     // Commits raise the root's tag for its partitions.
                     let heard: Option<String> = row.get(14);
                     match heard.as_deref().and_then(|heard| heard.split_once('\n')) {
@@ -369,7 +448,7 @@ async fn reads(
         question.reads_anything |=
             whole_row || mentions_itself(row.get::<_, Option<&str>>(1).unwrap_or_default(), client, by_table).await?;
     }
-    Ok(question)
+    Ok(Reads { question, secured })
 }
 
 async fn mentions_itself(
@@ -383,7 +462,13 @@ async fn mentions_itself(
     let sql = "select $1::int8::oid::regclass::text";
     let rows = client.query_typed(sql, by_table).await.map_err(PgError::when(DOING))?;
     let name: &str = rows.first().map(|row| row.get(0)).unwrap_or_default();
-    Ok(["FROM ", "JOIN ", "FROM (", ", "].iter().any(|before| expression.contains(&format!("{before}{name}"))))
+    // Not where the name only begins so: `public.t` is not in `public.teams`.
+    let ends = |rest: &str| !rest.starts_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | '$'));
+    let stands = |before: &str| {
+        let wanted = format!("{before}{name}");
+        expression.match_indices(&wanted).any(|(at, _)| ends(&expression[at + wanted.len()..]))
+    };
+    Ok(["FROM ", "JOIN ", "FROM (", ", "].into_iter().any(stands))
 }
 
 /// The newest change among the catalog rows that were read.

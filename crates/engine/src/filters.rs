@@ -101,6 +101,10 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
             *verdict = Verdict::Unsure("a column of the filter is gone: subscribe again");
             continue;
         }
+        if candidate.wanting.iter().any(|(wanted, wants)| *wants == Wants::Ask && retyped(&wanted.binding.filters, table)) {
+            *verdict = Verdict::Unsure("a column of the filter has another type now: subscribe again");
+            continue;
+        }
         candidate.wanting.retain(|(wanted, _)| wanted.binding.filters.iter().all(|f| readable(&f.condition.column)));
         if candidate.wanting.is_empty() {
             *verdict = Verdict::Hide;
@@ -165,20 +169,22 @@ pub async fn settle_doubts(core: &Core, candidates: &mut [Candidate<'_>], verdic
     }
 }
 
+/// The values were cast to what the column was when the client subscribed: now they may mean something else.
+fn retyped(filters: &[Filter], table: &Table) -> bool {
+    let other = |filter: &Filter| match (filter.type_oid, table.column(&filter.condition.column)) {
+        (Some(then), Some((_, now))) => then != now.type_oid,
+        _ => false,
+    };
+    filters.iter().any(other)
+}
+
 /// None: no answer.
 async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate<'_>]) -> Option<Vec<bool>> {
     let first = &candidates[*of.first()?];
     let claims = first.audience.claims.clone();
     let rules = core.rules.get(core, first.change.table.id, &claims).await.ok()??;
     let needs = wanted.binding.filters.iter().map(|filter| filter.condition.column.clone()).collect();
-    let question = Question {
-        expression: wanted.expression.to_string(),
-        needs,
-        reads: Vec::new(),
-        reads_anything: false,
-        unheard: None,
-        policy: None,
-    };
+    let question = Question::of_row(wanted.expression.to_string(), needs);
     let images: Vec<(&Table, &Row)> = of
         .iter()
         .filter_map(|at| {
@@ -186,9 +192,9 @@ async fn ask(core: &Core, wanted: &Wanted, of: &[usize], candidates: &[Candidate
             Some((&*change.table, change.new.as_ref().or(change.old.as_ref())?))
         })
         .collect();
-    let nonce = core.next_nonce();
-    let asked = patiently(|| row_visibility::ask(&core.pool, &rules, &question, &claims, &images, nonce, ASK_TIMEOUT)).await;
     core.metrics.asked.increment(images.len() as u64);
+    let asking = row_visibility::Asking { claims: &claims, images, nonce: core.next_nonce() };
+    let asked = patiently(|| row_visibility::ask(&core.pool, &rules, &question, &asking, ASK_TIMEOUT)).await;
     match asked {
         Ok(answer) if answer.allowed.len() == of.len() => Some(answer.allowed),
         Ok(_) => None,

@@ -66,6 +66,7 @@ pub use queries::{
 };
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
+pub use visibility::{ExplainError as ExplainVisibilityError, RowAsked};
 pub use vitals::{Vital, Vitals};
 pub use walcast_auth::{TokenError, install_crypto};
 pub use walcast_cache::{

@@ -11,6 +11,7 @@ pub struct Metrics {
     pub catch_ups: Counter,
     pub asked: Counter,
     pub decided: Counter,
+    pub remembered: Counter,
     pub stream_losses: Counter,
     pub unsettled: Counter,
     pub intake_waits: Counter,
@@ -49,6 +50,7 @@ impl Metrics {
         describe_counter!("walcast_resyncs_total", "Subscribers told to read again");
         describe_counter!("walcast_catch_ups_total", "Times a slow client was served from the replay ring");
         describe_counter!("walcast_visibility_decided_total", "Row changes whose visibility was decided in memory");
+        describe_counter!("walcast_visibility_remembered_total", "Row images for which an answer of PostgreSQL was remembered");
         describe_counter!("walcast_visibility_asked_total", "Row images evaluated by PostgreSQL");
         describe_counter!("walcast_stream_losses_total", "Times the replication stream was lost or could not be opened");
         describe_counter!("walcast_unsettled_total", "Times a commit stayed invisible beyond the bound");
@@ -91,6 +93,7 @@ impl Metrics {
             catch_ups: counter!("walcast_catch_ups_total"),
             asked: counter!("walcast_visibility_asked_total"),
             decided: counter!("walcast_visibility_decided_total"),
+            remembered: counter!("walcast_visibility_remembered_total"),
             stream_losses: counter!("walcast_stream_losses_total"),
             unsettled: counter!("walcast_unsettled_total"),
             intake_waits: counter!("walcast_intake_waits_total"),

@@ -20,7 +20,7 @@ use crate::{
     pipeline::announce::{frames, resync_frame},
     registry::Listed,
     subscriptions::{Audience, Shape, SubscriptionHandle, Wanted},
-    visibility::Candidate,
+    visibility::{self, Candidate},
 };
 
 /// A binding as the client wrote it.
@@ -198,6 +198,7 @@ async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, Su
     }
     let Some(rules) = rules else { return Err(BindingRefused::Filter(format!("{table} is gone")).into()) };
     filters::prepare(core, claims, &rules, &mut binding).await?;
+    visibility::prepare(core, claims, &rules).await;
     if let Some(select) = &mut binding.select {
         let keys = rules.columns.iter().filter(|column| column.primary).map(|column| column.name.clone());
         select.extend(keys);

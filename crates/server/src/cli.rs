@@ -84,6 +84,14 @@ pub enum Command {
                             walcast explain ward --role service_role --json | jq .tags"
     )]
     Explain(ExplainArgs),
+    /// Say whether these claims get a row, and why or why not
+    #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\n\
+                            Whose claims: --role, --sub and --claim, or all of them as --claims JSON, or --as-token for what a client sends.\n\
+                            Which row: --key for one of the table's, read as service_role; --row for one that need not be there.\nExamples:\n  \
+                            walcast explain-visibility orders --sub 6f1c2a34-0000-4000-8000-000000000001 --key id=7\n  \
+                            walcast explain-visibility public.notes --claim tenant=7 --row '{\"id\": 1, \"tenant\": \"7\"}'\n  \
+                            walcast explain-visibility orders --as-token \"$JWT\" --key id=7 --json | jq .policies")]
+    ExplainVisibility(ExplainVisibilityArgs),
     /// The keeper of dev's private PostgreSQL; `dev` starts it by itself
     #[command(hide = true)]
     Supervise,
@@ -139,6 +147,42 @@ pub struct ExplainArgs {
     /// One JSON document instead of text, with the plan
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct ExplainVisibilityArgs {
+    /// The table, as table or schema.table
+    pub table: String,
+    /// The caller's database role; `authenticated` if nothing says otherwise
+    #[arg(long, conflicts_with = "as_token")]
+    pub role: Option<String>,
+    /// Who the caller is; what auth.uid() answers
+    #[arg(long, value_name = "UUID", conflicts_with = "as_token")]
+    pub sub: Option<String>,
+    /// A claim of the caller; JSON if it reads as JSON, else text. May be repeated
+    #[arg(long, value_name = "K=V", conflicts_with = "as_token")]
+    pub claim: Vec<String>,
+    /// All claims at once
+    #[arg(long, value_name = "JSON", conflicts_with = "as_token")]
+    pub claims: Option<String>,
+    /// The caller's own token, as the client sends it
+    #[arg(long, value_name = "JWT")]
+    pub as_token: Option<String>,
+    /// The row by a column's value. May be repeated
+    #[arg(long, value_name = "K=V", conflicts_with = "row")]
+    pub key: Vec<String>,
+    /// The row itself; columns that it leaves out are null
+    #[arg(long, value_name = "JSON")]
+    pub row: Option<String>,
+    /// One JSON document instead of lines
+    #[arg(long)]
+    pub json: bool,
+    /// Where the server is; else the running dev, else server.listen
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Ask as the holder of this token instead of as service_role
+    #[arg(long)]
+    pub token: Option<String>,
 }
 
 #[derive(Debug, Clone, Args)]
@@ -343,6 +387,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Invalidate(args) => block_on(commands::invalidate::run(settings, args)),
         Command::Tail(args) => block_on(commands::tail::run(settings, args)),
         Command::Explain(args) => block_on(commands::explain::run(settings, args)),
+        Command::ExplainVisibility(args) => block_on(commands::explain_visibility::run(settings, args)),
         Command::Config(_) => {
             effective.iter().for_each(|line| println!("{} = {}  # {}", line.key, line.shown, line.origin));
             Ok(ExitCode::SUCCESS)

@@ -248,6 +248,22 @@ async fn a_change_that_cannot_be_shown_is_told_as_upstream_tells_it() -> Result<
     Ok(())
 }
 
+#[tokio::test]
+async fn p2_a_filter_on_a_column_whose_type_changed_says_so() -> Result<()> {
+    let (postgres, server) = serving(&[]).await?;
+    let mut socket = socket(&server).await?;
+    let config = json!({ "postgres_changes": [{ "event": "*", "schema": "public", "table": "large", "filter": "short=eq.a" }] });
+    socket.join_ok("realtime:retyped", config, None).await?;
+    postgres.execute("insert into large values (1, 'a', 'x')").await?;
+    ensure!(heard(&mut socket).await?["data"]["record"]["id"] == 1);
+    postgres.execute("alter table large alter column short type char(4); update large set long = 'y' where id = 1").await?;
+    let retyped = |frame: &Frame| {
+        frame.event == "system" && frame.payload["message"].as_str().unwrap_or_default().contains("has another type now")
+    };
+    socket.next_where(retyped, DEADLINE).await?;
+    Ok(())
+}
+
 /// A large value that an update left as it was is not in the stream: whoever filters on it is told, not passed over.
 #[tokio::test]
 async fn p2_a_filter_on_a_value_that_is_not_in_the_stream_is_no_silent_miss() -> Result<()> {

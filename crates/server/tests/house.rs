@@ -23,7 +23,7 @@ const HOUSE: [(&str, &[&str]); 14] = [
     ("engine", &["model", "pg", "protocol", "wal", "matcher", "auth", "cache", "hub", "query"]),
     ("server", &["engine", "protocol", "cluster"]),
     ("testkit", &["model", "protocol", "cluster"]),
-    ("bench", &["model", "pg", "protocol", "cache", "testkit"]),
+    ("bench", &["model", "pg", "protocol", "auth", "cache", "testkit"]),
 ];
 
 fn edges() -> BTreeMap<String, BTreeSet<String>> {

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use walcast_model::{Cell, Family, Row, Table};
 
-use super::{Bound, Given, Node, Operand, Relation};
+use super::{BoundPolicy, Given, Node, Operand, Relation};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
@@ -33,7 +33,7 @@ enum Operated<'a> {
     Ask,
 }
 
-impl Bound {
+impl BoundPolicy {
     pub fn decide(&self, table: &Table, row: &Row) -> Answer {
         match self.node(&self.root, table, row) {
             Truth::True => Answer::Allow,
@@ -95,7 +95,7 @@ impl Bound {
                     cell @ Cell::Value(_) => cell.text().map_or(Operated::Ask, |text| Operated::Text(text, *family)),
                 }
             }
-            Operand::Asked(at) => match self.values.get(*at) {
+            Operand::Asked(at) => match self.values.0.get(*at) {
                 Some(Given { values: None, .. }) => Operated::Null,
                 Some(Given { type_name, values: Some(values) }) => match (values.as_slice(), family_of(type_name)) {
                     ([Some(text)], Some(family)) => Operated::Text(text, family),
@@ -108,7 +108,7 @@ impl Bound {
 
     fn among(&self, operand: Operated<'_>, list: &[Operand]) -> Truth {
         let [Operand::Asked(at)] = list else { return Truth::Ask };
-        let Some(given) = self.values.get(*at) else { return Truth::Ask };
+        let Some(given) = self.values.0.get(*at) else { return Truth::Ask };
         // The array itself is null.
         let Some(elements) = &given.values else { return Truth::Null };
         let Some(family) = given.type_name.strip_suffix("[]").and_then(family_of) else { return Truth::Ask };

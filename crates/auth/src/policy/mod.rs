@@ -2,47 +2,30 @@
 //!
 //! [`Policy::compile`] reads what PostgreSQL prints of an expression; whatever it does not know for certain makes the whole
 //! not compilable, and PostgreSQL is asked for each row instead. What depends on the caller alone (`auth.uid()`, a claim, a
-//! constant) is never interpreted here: PostgreSQL evaluates it, once for each set of claims ([`Policy::bind`]).
+//! constant) is never interpreted here: PostgreSQL evaluates it, once for each set of claims ([`Binder`]).
+//! [`SetForm`]: the same idea for any policy, so that one statement asks it for many callers.
 
+mod bind;
+mod caller;
 mod compile;
 mod decide;
+mod set_form;
+mod text;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use quick_cache::{Weighter, sync::Cache};
-use walcast_model::Claims;
-use walcast_pg::{Envelope, PgError, Pool};
-
+pub use bind::{Binder, Bound, Given, Values};
 pub use decide::Answer;
+pub use set_form::SetForm;
+pub(crate) use set_form::{CALLER, column};
+pub(crate) use text::{Hangs, hangs, parse};
 
 use crate::rules::ColumnRule;
 
 #[derive(Debug)]
 pub struct Policy {
     root: Arc<Node>,
-    /// SQL that reads nothing but the caller's claims.
-    asked: Vec<Asked>,
-    /// By the exact claims; it goes with the rules that it was asked for. None: PostgreSQL refuses these claims.
-    remembered: Cache<u128, Option<Arc<Bound>>, Weight>,
-}
-
-/// What the remembered callers of one policy take.
-const REMEMBERED_BYTES: u64 = 8 << 20;
-
-#[derive(Debug, Clone)]
-struct Weight;
-
-impl Weighter<u128, Option<Arc<Bound>>> for Weight {
-    fn weight(&self, _: &u128, bound: &Option<Arc<Bound>>) -> u64 {
-        100 + bound.as_ref().map_or(0, |bound| bound.size_bytes())
-    }
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Asked {
-    sql: String,
-    /// An array, whose elements are meant.
-    list: bool,
+    pub binder: Binder,
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -80,27 +63,16 @@ enum Relation {
 enum Operand {
     /// A column by its name, and the family in which it is compared.
     Column(String, walcast_model::Family),
-    /// One of [`Policy::asked`].
+    /// One of what the binder asks for.
     Asked(usize),
 }
 
 /// A policy with everything that one caller's claims say of it.
 #[derive(Debug, Clone)]
-pub struct Bound {
+pub struct BoundPolicy {
     root: Arc<Node>,
-    values: Vec<Given>,
+    values: Arc<Values>,
 }
-
-/// What PostgreSQL answered for one [`Asked`].
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Given {
-    /// As `pg_typeof` names it.
-    type_name: String,
-    /// Null is None; for a list, its elements.
-    values: Option<Vec<Option<String>>>,
-}
-
-const DOING: &str = "asking what a policy makes of the claims";
 
 impl Policy {
     /// `permissive` are alternatives, `restrictive` must all hold; each as PostgreSQL prints it with an empty search path.
@@ -116,61 +88,10 @@ impl Policy {
         for text in restrictive {
             all.push(holds(compiler.expression(text)?));
         }
-        let remembered = Cache::with_weighter(1_000, REMEMBERED_BYTES, Weight);
-        Some(Policy { root: Arc::new(Node::And(all)), asked: compiler.asked, remembered })
+        Some(Policy { root: Arc::new(Node::And(all)), binder: Binder::new(compiler.asked) })
     }
 
-    /// What these claims make of the policy, asked for once. None: PostgreSQL refuses to evaluate it for them.
-    pub async fn bound(&self, pool: &Pool, claims: &Claims, timeout: Duration) -> Result<Option<Arc<Bound>>, PgError> {
-        if let Some(bound) = self.remembered.get(&claims.exact()) {
-            return Ok(bound);
-        }
-        let bound = match self.bind(pool, claims, timeout).await {
-            Ok(bound) => Some(Arc::new(bound)),
-            // A value that cannot be cast, a name that is not there: it will be so next time.
-            Err(error) if error.sqlstate().is_some_and(|code| code.starts_with("22") || code.starts_with("42")) => None,
-            Err(error) => return Err(error),
-        };
-        self.remembered.insert(claims.exact(), bound.clone());
-        Ok(bound)
-    }
-
-    /// Asks PostgreSQL, as the caller, for everything that the claims alone decide.
-    pub async fn bind(&self, pool: &Pool, claims: &Claims, timeout: Duration) -> Result<Bound, PgError> {
-        if self.asked.is_empty() {
-            return Ok(Bound { root: self.root.clone(), values: Vec::new() });
-        }
-        let parts: Vec<String> = self.asked.iter().map(Asked::question).collect();
-        let sql = format!("select {}", parts.join(", "));
-        let mut scope = Envelope::new(claims, timeout).setting("search_path", "").open(pool, DOING).await?;
-        let rows = scope.client().query_typed(&sql, &[]).await.map_err(PgError::when(DOING));
-        scope.end(DOING).await?;
-        let rows = rows?;
-        let row = rows.first().ok_or_else(|| PgError::Unexpected { doing: DOING, what: "no row".into() })?;
-        let given = |at: usize| Given { type_name: row.get(2 * at), values: row.get(2 * at + 1) };
-        Ok(Bound { root: self.root.clone(), values: (0..self.asked.len()).map(given).collect() })
-    }
-}
-
-impl Asked {
-    /// Its type, and its value or elements in the text form that the stream uses.
-    fn question(&self) -> String {
-        let Asked { sql, list } = self;
-        let text = |value: &str| format!("case when {value} is null then null else concat({value}) end");
-        match list {
-            true => format!(
-                "pg_typeof({sql})::text, case when ({sql}) is null then null else array(select {} from unnest({sql}) as v(v)) end",
-                text("v.v")
-            ),
-            false => format!("pg_typeof({sql})::text, case when ({sql}) is null then null else array[concat({sql})] end"),
-        }
-    }
-}
-
-impl Bound {
-    fn size_bytes(&self) -> u64 {
-        let of =
-            |given: &Given| given.values.iter().flatten().map(|value| 40 + value.as_ref().map_or(0, String::len)).sum::<usize>();
-        self.values.iter().map(|given| 80 + of(given) as u64).sum()
+    pub fn with(&self, values: Arc<Values>) -> BoundPolicy {
+        BoundPolicy { root: self.root.clone(), values }
     }
 }

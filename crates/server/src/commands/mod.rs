@@ -3,6 +3,7 @@
 pub mod check;
 pub mod dev;
 pub mod explain;
+pub mod explain_visibility;
 pub mod invalidate;
 pub mod migrate;
 mod reach;

@@ -1,6 +1,6 @@
 //! How a command reaches a running server: where it is, and with which token.
 //!
-//! Called by `tail` and `invalidate`. The server is `--url`, else the running dev, else `server.listen`; the token is `--token`,
+//! Called by `tail`, `invalidate` and `explain-visibility`. The server is `--url`, else the running dev, else `server.listen`; the token is `--token`,
 //! else one for `service_role`, signed with the secret of the settings or of the running dev.
 
 use std::time::Duration;

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod cache;
 pub mod drain;
 pub mod etag;
+pub mod explain_visibility;
 pub mod header_lines;
 pub mod health;
 pub mod identity;
@@ -91,6 +92,7 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/subscriptions", get(admin::connections::subscriptions))
         .route("/admin/v1/leaks", get(admin::connections::leaks))
         .route("/admin/v1/realtime", get(admin::realtime::get))
+        .route("/admin/v1/explain-visibility", get(explain_visibility::get).post(explain_visibility::post))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",
