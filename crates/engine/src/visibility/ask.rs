@@ -12,15 +12,15 @@ use std::{
 
 use futures_util::{FutureExt, future::join_all};
 use walcast_auth::{
-    ColumnRule, Question, Rules,
+    Question, Rules,
     row_visibility::{self, Asking, AskingSet, Image, Verdicts},
 };
 use walcast_model::{Claims, Fence, Lsn, Tag, TagHash};
-use walcast_pg::{PgError, quote_ident};
+use walcast_pg::PgError;
 
 use super::{
     ASK_TIMEOUT, AT_ONCE, Caller, IMAGES, Placed,
-    judge::{Answered, Outlook, Sight, Told},
+    judge::{Outlook, Sight, Told},
     patiently,
     remembered::{Answer, Cells, Key, Who, cells, holds, same_types},
 };
@@ -29,7 +29,7 @@ use crate::{Core, pipeline::intake::any_change};
 /// Decisions in one statement of the set form.
 const PAIRS: usize = 10_000;
 /// Callers whose statements go together, each with its own claims.
-const CALLERS: usize = 200;
+pub(super) const CALLERS: usize = 200;
 /// Statements that fail for a value are tried again in halves, this often for a batch.
 const HALVINGS: usize = 256;
 
@@ -125,53 +125,6 @@ pub(super) async fn ask<'c>(
         told.push((group.callers, Ok(of_wanted.map(|change| (change, of_change(change))).collect())));
     }
     told
-}
-
-/// A value that decides is not in the stream: who cannot see the row as it stands now is told nothing of it. The others are told to
-/// read again, which shows them no more.
-pub(super) async fn confirm(core: &Core, rules: &Rules, changes: &[Placed<'_>], answered: &mut [Answered<'_>]) {
-    let keys: Vec<&ColumnRule> = rules.columns.iter().filter(|column| column.primary).collect();
-    if keys.is_empty() || keys.iter().any(|key| !key.visible) {
-        return;
-    }
-    let lacks = |(at, one): (usize, &Answered<'_>)| {
-        let of_one =
-            one.told.iter().filter(|(change, told)| told.new == Sight::Lacking && changes[**change].change.new.is_some());
-        let of_one: Vec<usize> = of_one.map(|(change, _)| *change).collect();
-        (!of_one.is_empty()).then_some((at, of_one))
-    };
-    let lacking: Vec<(usize, Vec<usize>)> = answered.iter().enumerate().filter_map(lacks).collect();
-    if lacking.is_empty() {
-        return;
-    }
-    let (schema, table) = (quote_ident(rules.name.schema()), quote_ident(rules.name.table()));
-    let same: Vec<String> =
-        keys.iter().map(|key| quote_ident(&key.name)).map(|key| format!("walcast_now.{key} = {table}.{key}")).collect();
-    let expression = format!("exists (select from {schema}.{table} as walcast_now where {})", same.join(" and "));
-    let question = Question::of_row(expression, keys.iter().map(|key| key.name.clone()).collect());
-    for some in lacking.chunks(CALLERS) {
-        let of_one = |(at, wanted): &(usize, Vec<usize>)| {
-            let images =
-                wanted.iter().filter_map(|change| Some((&*changes[*change].change.table, changes[*change].change.new.as_ref()?)));
-            Asking { claims: &answered[*at].callers[0].claims, images: images.collect(), nonce: core.next_nonce() }
-        };
-        let asking: Vec<Asking<'_>> = some.iter().map(of_one).collect();
-        core.metrics.asked.increment(asking.iter().map(|one| one.images.len() as u64).sum());
-        match patiently(|| row_visibility::ask_each(&core.pool, rules, &question, &asking, ASK_TIMEOUT)).await {
-            Ok(verdicts) => {
-                for ((at, wanted), verdicts) in some.iter().zip(verdicts) {
-                    let gone = wanted
-                        .iter()
-                        .zip(verdicts.allowed.iter().zip(&verdicts.told))
-                        .filter(|(_, (sees, told))| **told && !**sees);
-                    for (change, _) in gone {
-                        answered[*at].told.entry(*change).and_modify(|told| told.new = Sight::Denied);
-                    }
-                }
-            }
-            Err(error) => tracing::warn!(table = %rules.name, %error, "who still sees a row cannot be asked: told to read again"),
-        }
-    }
 }
 
 async fn grouped<'c>(core: &Core, question: &Question, callers: Vec<&'c Caller>) -> Vec<Group<'c>> {

@@ -11,7 +11,7 @@ use walcast_auth::{
 };
 use walcast_model::{Cell, Change, Claims, Item, Operation, ReplicaIdentity, Row, Scope};
 
-use super::{ASK_TIMEOUT, Caller, OfRole, OldView, Placed, Verdict, ask, patiently};
+use super::{ASK_TIMEOUT, Caller, OfRole, OldView, Placed, Verdict, ask, confirm::confirm, patiently};
 use crate::{Core, pipeline::Remembered};
 
 /// What all callers of the role have in common for a change; none if nobody sees it.
@@ -99,7 +99,7 @@ pub(super) async fn judge(core: &Core, of_role: &OfRole<'_>) -> Vec<(usize, Verd
                     }
                 }
             }
-            ask::confirm(core, &rules, &of_role.changes, &mut answered).await;
+            confirm(core, &rules, &of_role.changes, &mut answered).await;
             let doubts: Vec<Doubt> =
                 of_role.changes.iter().map(|placed| moved_with(question, placed.commit, placed.change)).collect();
             for Answered { callers, told, asked } in &answered {

@@ -5,6 +5,7 @@
 //! rest. Whatever is in doubt is withheld and said, but only to those who could see it now.
 
 mod ask;
+mod confirm;
 mod explain;
 mod judge;
 mod remembered;
