@@ -101,7 +101,10 @@ struct Plan {
 
 /// Migration files in the order in which they run, named `room/NNNN_name`.
 pub(crate) fn files() -> impl Iterator<Item = (&'static str, &'static str)> {
-    [walcast_wal::MIGRATIONS, walcast_auth::MIGRATIONS, walcast_cache::MIGRATIONS, crate::MIGRATIONS].into_iter().flatten().copied()
+    [walcast_wal::MIGRATIONS, walcast_auth::MIGRATIONS, walcast_cache::MIGRATIONS, crate::MIGRATIONS]
+        .into_iter()
+        .flatten()
+        .copied()
 }
 
 /// Connects, runs what is missing and says what it did.

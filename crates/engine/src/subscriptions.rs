@@ -119,8 +119,13 @@ impl Subscriptions {
         // In one piece: a subscriber's bindings stand together, also where many join at once.
         let first = self.next.fetch_add(wanted.len() as u64, Ordering::Relaxed);
         let bindings: Vec<_> = (first..).map(SubscriptionId).zip(wanted.into_iter().map(Arc::new)).collect();
-        let subscriber =
-            Arc::new(Subscriber { claims: RwLock::new(claims), gate: Gate::holding(outbox, limit_bytes), shape, listed, bindings });
+        let subscriber = Arc::new(Subscriber {
+            claims: RwLock::new(claims),
+            gate: Gate::holding(outbox, limit_bytes),
+            shape,
+            listed,
+            bindings,
+        });
         let mut inner = self.inner.write();
         for (id, wanted) in &subscriber.bindings {
             inner.index.subscribe(*id, wanted.binding.clone());

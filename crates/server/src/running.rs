@@ -47,8 +47,11 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
             max_connections: settings.server.max_connections as usize,
             max_value_bytes: settings.cache.max_value_bytes as usize,
             idle_timeout: settings.realtime.idle_timeout,
+            shows_people: settings.realtime.trace_payloads,
         },
         metrics,
+        // Secrets hide themselves.
+        settings: format!("{settings:#?}").into(),
         demo: demo.map(Arc::new),
         closing: closing.clone(),
         connections: Arc::new(AtomicUsize::new(0)),
@@ -128,6 +131,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
             outbox_bytes: settings.realtime.outbox_bytes as usize,
             change_bytes: settings.realtime.change_bytes as usize,
             leak_window: settings.realtime.leak_window,
+            trace_payloads: settings.realtime.trace_payloads,
         },
         auth: AuthConfig {
             jwt_secret: secret.expose().to_owned(),

@@ -109,7 +109,10 @@ async fn p10_the_serve_role_is_granted_its_own_schema_and_owns_nothing() -> Resu
         .iter()
         .flat_map(|table| ["SELECT", "INSERT", "UPDATE", "DELETE"].map(|right| format!("{table} {right}")))
         .collect();
-    expected.extend(["walcast USAGE", "walcast.migrations SELECT", "walcast.cache_cleanup_days SELECT", "walcast.subscription_health SELECT"].map(str::to_owned));
+    expected.extend(
+        ["walcast USAGE", "walcast.migrations SELECT", "walcast.cache_cleanup_days SELECT", "walcast.subscription_health SELECT"]
+            .map(str::to_owned),
+    );
     assert_eq!(granted, expected);
 
     let owned: i64 = admin

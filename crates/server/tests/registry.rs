@@ -76,7 +76,8 @@ async fn an_operator_sees_whose_a_connection_is_and_ends_it() -> Result<()> {
             .is_ok_and(|page| page["subscriptions"][0]["delivered"] == 1 && page["subscriptions"][0]["dropped"] == 0)
     })
     .await?;
-    for (filter, total) in [("tenant=nobody", 0), ("ip=127.0.0.1", 2), ("ip=10.0.0.1", 0), ("state=slow", 0), ("sort=outbox", 2)] {
+    for (filter, total) in [("tenant=nobody", 0), ("ip=127.0.0.1", 2), ("ip=10.0.0.1", 0), ("state=slow", 0), ("sort=outbox", 2)]
+    {
         assert_eq!(admin(&server, &format!("/admin/v1/connections?{filter}")).await?["total"], total, "{filter}");
     }
     for (path, expected) in [("?state=odd", 400), ("?limit=0", 400), ("?limit=1001", 400), ("?colour=red", 400)] {

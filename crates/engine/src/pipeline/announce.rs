@@ -108,6 +108,7 @@ async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
         } else {
             dropped += same.len() as u64;
             subscriber.listed.dropped(same.len() as u64);
+            core.trace_subscriber("dropped", subscriber, same.iter().map(|(.., frame)| frame.len()).sum(), None);
         }
     }
     core.metrics.delivered.increment(delivered);
@@ -131,16 +132,23 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
         let frame = match verdict {
             Verdict::Hide => {
                 core.metrics.hidden.increment(1);
+                core.trace_change("hidden", &candidate, None, None);
                 continue;
             }
-            Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
+            Verdict::Show { columns, old } => {
+                let frame = encoder.frame(&candidate, Sight { columns, old, error: None });
+                core.trace_change("delivered", &candidate, Some(&frame), None);
+                frame
+            }
             Verdict::Error { error, .. } => {
                 core.note_withheld(error);
+                core.trace_change("withheld", &candidate, None, Some(error));
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
             // Once per batch and subscriber: the first tells all.
             Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.subscriber), reason).is_none() => {
                 core.note_resync();
+                core.trace_change("resync", &candidate, None, Some(reason));
                 let position = Position { epoch: encoder.epoch, lsn: place.0, index: place.1 };
                 resync_frame(&candidate.subscriber.shape, &position, reason)
             }
@@ -155,6 +163,7 @@ pub(crate) fn resync(core: &Core, subscribers: &[Arc<Subscriber>], place: (Lsn, 
     let position = Position { epoch: core.progress.epoch(), lsn: place.0, index: place.1 };
     for subscriber in subscribers {
         core.note_resync();
+        core.trace_subscriber("resync", subscriber, 0, Some(reason));
         subscriber.gate.tell(resync_frame(&subscriber.shape, &position, reason));
     }
 }

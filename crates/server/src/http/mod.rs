@@ -51,6 +51,8 @@ pub struct App {
     pub engine: Engine,
     pub limits: Limits,
     pub metrics: PrometheusHandle,
+    /// The settings in force as text, without secrets: for a support file.
+    pub settings: Arc<str>,
     /// Only `walcast dev` serves the demo and its keys.
     pub demo: Option<Arc<DemoSession>>,
     /// Cancelled when the server drains: long connections end themselves.
@@ -67,6 +69,8 @@ pub struct Limits {
     pub max_value_bytes: usize,
     /// A client that sends nothing for so long has gone.
     pub idle_timeout: Duration,
+    /// A support file may name people.
+    pub shows_people: bool,
 }
 
 /// Counts a long connection for as long as it lives.
@@ -109,6 +113,9 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/subscriptions", get(admin::connections::subscriptions))
         .route("/admin/v1/leaks", get(admin::connections::leaks))
         .route("/admin/v1/realtime", get(admin::realtime::get))
+        .route("/admin/v1/trace", get(admin::trace::list).post(admin::trace::begin))
+        .route("/admin/v1/trace/{id}", get(admin::trace::get).delete(admin::trace::end))
+        .route("/admin/v1/support", get(admin::support::get))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",

@@ -62,7 +62,7 @@ pub async fn changes(
         listed.error(Vital::JoinRefused);
         refused(error)
     })?;
-    listed.joined();
+    listed.joined(&listing.topic);
     let first = vec![Bytes::from_static(b"retry: 1000\n\n"), opened.sse_opening()];
     let handle = opened.release(first);
     let live = Live { app, reader, handle: Some(handle), expires_at, listed, _listing: listing, _connection: connection };

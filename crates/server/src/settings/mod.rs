@@ -119,6 +119,7 @@ pub struct RealtimeSettings {
     pub max_frame_bytes: u64,
     pub idle_timeout: Duration,
     pub leak_window: Duration,
+    pub trace_payloads: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -193,6 +194,7 @@ impl Settings {
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
                 idle_timeout: from.time("realtime.idle_timeout"),
                 leak_window: from.time("realtime.leak_window"),
+                trace_payloads: from.flag("realtime.trace_payloads"),
             },
             log: LogSettings {
                 format: if from.text("log.format") == "json" { LogFormat::Json } else { LogFormat::Text },

@@ -205,6 +205,13 @@ pub const SETTINGS: &[Setting] = &[
         "10m",
         "What looks like a leak in an application must look so for this long before `/admin/v1/leaks` tells of it",
     ),
+    setting(
+        "realtime.trace_payloads",
+        Kind::Flag,
+        "false",
+        "true",
+        "Traces and support files may show values of rows, subjects and addresses; else they are masked",
+    ),
     setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
     setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),
 ];
