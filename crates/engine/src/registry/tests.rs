@@ -47,7 +47,7 @@ fn p9_what_a_handle_entered_is_gone_when_the_handle_is_dropped() {
     let second = list(&connection, "realtime:two", None);
     assert_eq!((registry.connections(), registry.subscriptions()), (1, 2));
     assert_eq!(connection.identity.tenant.as_deref(), Some("north"));
-    assert_eq!((&*connection.listed()[0].bindings).len(), first.bindings.len());
+    assert_eq!(connection.listed()[0].bindings, first.bindings);
     drop(first);
     assert_eq!((registry.connections(), registry.subscriptions()), (1, 1));
     let id = connection.id;

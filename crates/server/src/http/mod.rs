@@ -202,9 +202,12 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, String> {
 /// Serves until `closing` is cancelled, then lets short requests end.
 pub async fn serve(listener: TcpListener, app: App) -> std::io::Result<()> {
     let closing = app.closing.clone();
+    let silent_ms = u32::try_from(app.limits.idle_timeout.as_millis()).unwrap_or(u32::MAX);
     // Else an event that follows another at once waits until the client acknowledges the first: up to 40 ms.
-    let listener = listener.tap_io(|connection| {
+    let listener = listener.tap_io(move |connection| {
         let _ = connection.set_nodelay(true);
+        // A peer whose network has gone acknowledges nothing: an event stream has no other sign of it.
+        let _ = rustix::net::sockopt::set_tcp_user_timeout(&*connection, silent_ms);
     });
     let router = router(app).into_make_service_with_connect_info::<SocketAddr>();
     let served = axum::serve(listener, router).with_graceful_shutdown(closing.clone().cancelled_owned());
