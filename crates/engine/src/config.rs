@@ -52,6 +52,8 @@ pub struct RealtimeLimits {
     pub change_bytes: usize,
     /// Something that looks like a leak must look so for this long.
     pub leak_window: Duration,
+    /// Traces may show the values of rows.
+    pub trace_payloads: bool,
 }
 
 #[derive(Clone)]

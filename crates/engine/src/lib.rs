@@ -25,6 +25,7 @@ mod subscribe;
 mod subscriptions;
 mod table_marks;
 mod tag_rules;
+mod trace;
 mod upkeep;
 mod visibility;
 mod vitals;
@@ -66,6 +67,7 @@ pub use queries::{
 };
 pub use subscribe::{Asked, Opened, Opening, SubscribeError, SubscribeRequest, resync_event};
 pub use subscriptions::{Shape, SubscriptionHandle};
+pub use trace::{LONGEST_S as LONGEST_TRACE_S, Tapped, TraceError, Traces};
 pub use visibility::{ExplainError as ExplainVisibilityError, RowAsked};
 pub use vitals::{Vital, Vitals};
 pub use walcast_auth::{TokenError, install_crypto};
@@ -132,6 +134,7 @@ pub struct Core {
     pub(crate) writers: Writers,
     pub(crate) registry: Arc<registry::Registry>,
     pub(crate) vitals: Arc<Vitals>,
+    pub(crate) traces: Arc<Traces>,
     /// Replays that run at once.
     pub(crate) replays: Semaphore,
     pub(crate) rules: RuleBook,
@@ -218,6 +221,7 @@ impl Engine {
         let cache = Cache::new(cache_config(&config), clock.clone(), l2);
         let vitals = Arc::<Vitals>::default();
         let timed = vitals.clone();
+        let traces = Arc::new(Traces::new(config.realtime.trace_payloads));
         let core = Arc::new(Core {
             catalog: Catalog::new(pool.clone()),
             sampler: Sampler::start(config.connect.clone()),
@@ -225,8 +229,9 @@ impl Engine {
             progress: Progress::default(),
             ring: Mutex::new(ReplayRing::new(config.stream.replay_bytes, Lsn::ZERO)),
             subscriptions: Arc::default(),
-            registry: registry::Registry::new(&config.auth.tenant_claim, vitals.clone()),
+            registry: registry::Registry::new(&config.auth.tenant_claim, vitals.clone(), traces.clone()),
             vitals,
+            traces,
             replays: Semaphore::new(REPLAYS),
             rules: RuleBook::default(),
             tag_rules,
@@ -328,6 +333,11 @@ impl Engine {
     /// Every connection and subscription that is open now.
     pub fn registry(&self) -> &Arc<registry::Registry> {
         &self.core.registry
+    }
+
+    /// An operator's taps.
+    pub fn traces(&self) -> &Traces {
+        &self.core.traces
     }
 
     /// Counts and times of the live side as a whole.

@@ -19,7 +19,7 @@ use crate::{
     Core, Engine, filters,
     pipeline::announce::{frames, resync_frame},
     registry::Listed,
-    subscriptions::{Audience, Shape, SubscriptionHandle, Wanted},
+    subscriptions::{Shape, Subscriber, SubscriptionHandle, Wanted},
     visibility::{self, Candidate},
 };
 
@@ -133,7 +133,7 @@ impl Engine {
             let position = Position { lsn: after.0, index: after.1, ..noted };
             return Ok(Opened { handle, opening: Opening::Live, position, missed: Missed::nothing(after) });
         };
-        let (opening, position, missed) = match replay(core, &handle.audience, cursor, noted).await {
+        let (opening, position, missed) = match replay(core, &handle, cursor, noted).await {
             Ok(missed) => (Opening::Resumed, cursor, missed),
             Err(reason) => {
                 core.note_resyncs(1);
@@ -153,7 +153,7 @@ impl Engine {
         let noted = core.progress.taken();
         core.metrics.catch_ups.increment(1);
         let cursor = Position { lsn, index, ..noted };
-        match replay(core, &handle.audience, cursor, noted).await {
+        match replay(core, handle, cursor, noted).await {
             Ok(missed) => gate.release([], missed),
             Err(reason) => {
                 core.note_resyncs(1);
@@ -210,7 +210,7 @@ async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, Su
 }
 
 /// The frames between cursor and noted position, or the first of them, or why they cannot be given.
-async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: Position) -> Result<Missed, &'static str> {
+async fn replay(core: &Core, handle: &SubscriptionHandle, cursor: Position, noted: Position) -> Result<Missed, &'static str> {
     // Many come back at once: a few are replayed at a time, the others wait.
     let _turn = core.replays.acquire().await;
     if core.progress.unsettled().is_some() {
@@ -224,6 +224,7 @@ async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: 
         return Err("the position is ahead of the stream");
     }
     let commits = core.ring.lock().after(cursor.place()).map_err(|_| "the position is older than what is kept")?;
+    let SubscriptionHandle { audience, subscriber, .. } = handle;
     let index = audience.own_index();
     let mut candidates = Vec::new();
     let mut found = Vec::new();
@@ -250,7 +251,9 @@ async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: 
             }
             found.clear();
             index.subscriptions(change, &mut found);
-            if candidates.len() >= AT_ONCE && !add(core, &mut missed, &mut room, std::mem::take(&mut candidates)).await {
+            if candidates.len() >= AT_ONCE
+                && !add(core, subscriber, &mut missed, &mut room, std::mem::take(&mut candidates)).await
+            {
                 return Ok(missed);
             }
             if !found.is_empty() {
@@ -264,7 +267,7 @@ async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: 
             }
         }
     }
-    add(core, &mut missed, &mut room, candidates).await;
+    add(core, subscriber, &mut missed, &mut room, candidates).await;
     Ok(missed)
 }
 
@@ -272,8 +275,14 @@ async fn replay(core: &Core, audience: &Arc<Audience>, cursor: Position, noted: 
 const AT_ONCE: usize = 1_000;
 
 /// Adds what is said of these, until there is no more room; then it was a part, and the rest is read on later.
-async fn add(core: &Core, missed: &mut Missed, room: &mut usize, candidates: Vec<Candidate<'_>>) -> bool {
-    for (_, place, frame) in frames(core, candidates).await {
+async fn add(
+    core: &Core,
+    subscriber: &Subscriber,
+    missed: &mut Missed,
+    room: &mut usize,
+    candidates: Vec<Candidate<'_>>,
+) -> bool {
+    for (_, place, frame) in frames(core, candidates, Some(subscriber)).await {
         // Never between two frames of one place: the client would come back behind the second. And one at least, however
         // large: each time must lead further.
         if *room == 0 && missed.places.last() != Some(&place) {

@@ -102,6 +102,10 @@ impl Audience {
         self.members.read().iter().filter(|member| member.gate.tell(frame.clone())).count() as u64
     }
 
+    pub fn each_listed(&self, call: impl Fn(&Listed)) {
+        self.members.read().iter().for_each(|member| call(&member.listed));
+    }
+
     fn ids(&self) -> impl Iterator<Item = SubscriptionId> {
         (self.first..).map(SubscriptionId).take(self.wanted.len())
     }

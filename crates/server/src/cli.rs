@@ -77,6 +77,11 @@ pub enum Command {
                             walcast invalidate --namespace session --pattern 'user:7:*' --dry-run\n  \
                             walcast invalidate --table public.orders --soft\n  walcast invalidate --all")]
     Invalidate(InvalidateArgs),
+    /// Write a snapshot of a running server for somebody who helps
+    #[command(after_help = "Needs: a running server, and WALCAST_JWT_SECRET, --token or a running `walcast dev`.\n\
+                            Settings without secrets, connections, subscriptions, queues, warnings, metrics, traces; people are masked.\nExamples:\n  \
+                            walcast support\n  walcast support --out incident.json\n  walcast support --out - | jq .health")]
+    Support(SupportArgs),
     /// Show what a named query's answer depends on, and what would make it better
     #[command(
         after_help = "Needs: WALCAST_DATABASE_URL and queries.dir, as for serve. Runs nothing but the plan.\nExamples:\n  \
@@ -226,6 +231,19 @@ pub struct TailArgs {
     #[arg(long)]
     pub url: Option<String>,
     /// Watch as the holder of this token instead of as service_role
+    #[arg(long)]
+    pub token: Option<String>,
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct SupportArgs {
+    /// Where to write it: a new file, or - for the terminal [default: walcast-support-TIME.json]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<std::path::PathBuf>,
+    /// Where the server is; else the running dev, else server.listen
+    #[arg(long)]
+    pub url: Option<String>,
+    /// Ask as the holder of this token instead of as service_role
     #[arg(long)]
     pub token: Option<String>,
 }
@@ -385,6 +403,7 @@ fn execute(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Check(args) => block_on(commands::check::run(settings, args)),
         Command::Token(args) => commands::token::run(settings, args),
         Command::Invalidate(args) => block_on(commands::invalidate::run(settings, args)),
+        Command::Support(args) => block_on(commands::support::run(settings, args)),
         Command::Tail(args) => block_on(commands::tail::run(settings, args)),
         Command::Explain(args) => block_on(commands::explain::run(settings, args)),
         Command::ExplainVisibility(args) => block_on(commands::explain_visibility::run(settings, args)),

@@ -45,8 +45,17 @@ pub async fn start(settings: &Settings, demo: Option<DemoSession>) -> Result<Run
     let sse = Arc::new(Sse::new(settings, &config.auth.jwt_secret));
     let engine = Engine::start(config).await.map_err(|error| engine_failure(&error))?;
     let drain = Drain::default();
-    let app =
-        App { engine: engine.clone(), limits: limits(settings)?, metrics, demo: demo.map(Arc::new), sse, drain: drain.clone() };
+    let app = App {
+        engine: engine.clone(),
+        limits: limits(settings)?,
+        metrics,
+        // Secrets hide themselves.
+        settings: format!("{settings:#?}").into(),
+        shows_people: settings.realtime.trace_payloads,
+        demo: demo.map(Arc::new),
+        sse,
+        drain: drain.clone(),
+    };
     tokio::spawn(tend(app.metrics.clone(), drain.clone()));
     let serving = tokio::spawn(http::serve(listener, app));
     Ok(Running { engine, address, drain, window: settings.server.drain, serving })
@@ -147,6 +156,7 @@ fn engine_config(settings: &Settings) -> Result<EngineConfig, Failure> {
             idle_timeout: settings.realtime.idle_timeout,
             change_bytes: settings.realtime.change_bytes as usize,
             leak_window: settings.realtime.leak_window,
+            trace_payloads: settings.realtime.trace_payloads,
         },
         auth: AuthConfig {
             jwt_secret: secret.expose().to_owned(),

@@ -47,8 +47,8 @@ enum End {
 /// One client's life. How many joins, refused joins, leaves and ends it made.
 async fn client(url: Arc<str>, through_proxy: Arc<str>, token: String, n: usize) -> Result<(usize, End)> {
     let subject = subject(n);
-    let (stays, silent) = (n % STAYS == 0, n % SILENT == 1);
-    let vsn = if n % 2 == 0 { Vsn::V2 } else { Vsn::V1 };
+    let (stays, silent) = (n.is_multiple_of(STAYS), n % SILENT == 1);
+    let vsn = if n.is_multiple_of(2) { Vsn::V2 } else { Vsn::V1 };
     let mut socket = RealtimeSocket::connect(if silent { &through_proxy } else { &url }, &token, vsn).await?;
     let mut topics = Vec::new();
     let mut acts = 1;
@@ -73,7 +73,7 @@ async fn client(url: Arc<str>, through_proxy: Arc<str>, token: String, n: usize)
                 socket.send(&name, "phx_join", json!({ "config": plain(n) })).await?;
             }
             _ => {
-                let config = if topic % 4 == 0 { json!({}) } else { plain(n * TOPICS + topic) };
+                let config = if topic.is_multiple_of(4) { json!({}) } else { plain(n * TOPICS + topic) };
                 socket.join_ok(&name, config, None).await?;
                 topics.push((subject.clone(), name));
             }
@@ -89,7 +89,7 @@ async fn client(url: Arc<str>, through_proxy: Arc<str>, token: String, n: usize)
     let end = match n {
         _ if stays => End::Stays(Box::new(socket), topics),
         _ if silent => End::Silent(Box::new(socket)),
-        _ if n % 3 == 0 => {
+        _ if n.is_multiple_of(3) => {
             socket.abort()?;
             End::Gone
         }
@@ -133,15 +133,15 @@ async fn storm(server: &Server, proxy: &Proxy, tokens: &[String]) -> Result<Stor
     let (mut acts, mut left, mut stay, mut silent) = (0, BTreeMap::new(), Vec::new(), Vec::new());
     let mut running = JoinSet::new();
     let mut streams = Vec::new();
-    for n in 0..CLIENTS {
-        running.spawn(client(url.clone(), through_proxy.clone(), tokens[n].clone(), n));
-        if n % 50 == 0 {
+    for (n, token) in tokens.iter().enumerate() {
+        running.spawn(client(url.clone(), through_proxy.clone(), token.clone(), n));
+        if n.is_multiple_of(50) {
             // Event streams are owned like sockets: half of them are dropped at once.
             let address = format!("{url}/sse/v1/changes?table=plain&filter=id=eq.{n}");
-            let stream = SseStream::open(&address, Some(&tokens[n]), None).await?;
+            let stream = SseStream::open(&address, Some(token), None).await?;
             ensure!(stream.status() == 200, "the stream was refused");
             acts += 1;
-            if n % 100 == 0 {
+            if n.is_multiple_of(100) {
                 *left.entry((subject(n), "sse:changes".to_owned())).or_default() += 1;
                 streams.push(stream);
             }

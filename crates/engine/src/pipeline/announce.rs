@@ -19,7 +19,7 @@ use crate::{
     filters::settle_doubts,
     pipeline::{Announcement, InFlight, Remembered},
     readback::{ReadBack, read_back},
-    subscriptions::{Audience, Shape},
+    subscriptions::{Audience, Shape, Subscriber},
     visibility::{Candidate, OldView, Verdict, decide},
 };
 
@@ -109,7 +109,7 @@ async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     let mut committed_at_us: Vec<u64> =
         candidates.iter().map(|candidate| candidate.commit.commit.committed_at_us as u64).collect();
     committed_at_us.dedup();
-    let frames = frames(core, candidates).await;
+    let frames = frames(core, candidates, None).await;
     let mut by_audience: IndexMap<*const Audience, Said> = IndexMap::new();
     for (audience, place, frame) in frames {
         let of = || Said { audience: audience.clone(), places: Vec::new(), frames: Vec::new() };
@@ -128,8 +128,12 @@ async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     core.vitals.add(Vital::Delivered, delivered);
 }
 
-/// What each candidate is to be sent, in order; those who may not see get nothing.
-pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> Vec<(Arc<Audience>, Place, Bytes)> {
+/// What each candidate is to be sent, in order; those who may not see get nothing. `only`: it is a replay for this one.
+pub(crate) async fn frames(
+    core: &Core,
+    mut candidates: Vec<Candidate<'_>>,
+    only: Option<&Subscriber>,
+) -> Vec<(Arc<Audience>, Place, Bytes)> {
     if candidates.is_empty() {
         return Vec::new();
     }
@@ -144,16 +148,23 @@ pub(crate) async fn frames(core: &Core, mut candidates: Vec<Candidate<'_>>) -> V
         let frame = match verdict {
             Verdict::Hide => {
                 core.metrics.hidden.increment(1);
+                core.trace_change("hidden", &candidate, only, None, None);
                 continue;
             }
-            Verdict::Show { columns, old } => encoder.frame(&candidate, Sight { columns, old, error: None }),
+            Verdict::Show { columns, old } => {
+                let frame = encoder.frame(&candidate, Sight { columns, old, error: None });
+                core.trace_change("delivered", &candidate, only, Some(&frame), None);
+                frame
+            }
             Verdict::Error { error, .. } => {
                 core.note_withheld(error);
+                core.trace_change("withheld", &candidate, only, None, Some(error));
                 encoder.frame(&candidate, Sight { columns: Arc::new([]), old: OldView::Nothing, error: Some(error) })
             }
             // Once per batch and audience: the first tells all.
             Verdict::Unsure(reason) if told.insert(Arc::as_ptr(&candidate.audience), reason).is_none() => {
                 core.note_resyncs(1);
+                core.trace_change("resync", &candidate, only, None, Some(reason));
                 let position = Position { epoch: encoder.epoch, lsn: place.0, index: place.1 };
                 resync_frame(&candidate.audience.shape, &position, reason)
             }
@@ -168,6 +179,7 @@ pub(crate) fn resync(core: &Core, audiences: &[Arc<Audience>], place: Place, rea
     let position = Position { epoch: core.progress.epoch(), lsn: place.0, index: place.1 };
     let _turn = core.writers.turn(Vec::new());
     for audience in audiences {
+        core.trace_audience("resync", audience, reason);
         core.note_resyncs(audience.tell(&resync_frame(&audience.shape, &position, reason)));
     }
 }

@@ -15,7 +15,7 @@ use walcast_hub::Outbox;
 use walcast_model::Claims;
 
 use super::{Identity, NewConnection, Owner, Registry, STALE, subscription::Listed};
-use crate::{Asked, Vital, registry::Listing};
+use crate::{Asked, Vital, registry::Listing, trace::Happened};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -200,11 +200,13 @@ impl ConnectionHandle {
     pub fn error(&self, what: Vital) {
         self.connection.errors.fetch_add(1, Relaxed);
         self.registry.vitals.count(what);
+        self.registry.trace(Happened { detail: what.error(), ..Happened::of("error", self.connection.id, "") });
     }
 
     /// A topic or stream was joined, and its client told so.
-    pub fn joined(&self) {
+    pub fn joined(&self, topic: &str) {
         self.registry.vitals.count(Vital::Joined);
+        self.registry.trace(Happened::of("join", self.connection.id, topic));
     }
 
     /// Since the client was last heard.

@@ -94,8 +94,11 @@ pub(super) struct Found {
     /// By kind, those that are not kept in words among them.
     pub counts: [usize; LeakKind::ALL.len()],
     history: HashMap<Arc<Owner>, VecDeque<Seen>>,
-    logged: HashSet<(LeakKind, Option<u64>, Arc<Owner>, Option<Arc<str>>)>,
+    logged: HashSet<Finding>,
 }
+
+/// What makes a finding the same one as before.
+type Finding = (LeakKind, Option<u64>, Arc<Owner>, Option<Arc<str>>);
 
 /// What one look saw of a component.
 #[derive(Debug, Clone, Copy)]

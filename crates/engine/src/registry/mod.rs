@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use walcast_hub::{CloseReason, Outbox};
 use walcast_model::Claims;
 
-use crate::{Vital, Vitals};
+use crate::{Traces, Vital, Vitals, trace::Happened};
 
 pub use connection::{Connection, ConnectionHandle, Kind, State};
 pub use leaks::{Leak, LeakKind};
@@ -62,6 +62,7 @@ pub struct Registry {
     gone: Mutex<Gone>,
     leaks: Mutex<leaks::Found>,
     vitals: Arc<Vitals>,
+    traces: Arc<Traces>,
 }
 
 /// Rows of the mirror whose subscriptions have ended.
@@ -76,7 +77,7 @@ struct Gone {
 const GONE: usize = 100_000;
 
 impl Registry {
-    pub fn new(tenant_claim: &str, vitals: Arc<Vitals>) -> Arc<Registry> {
+    pub fn new(tenant_claim: &str, vitals: Arc<Vitals>, traces: Arc<Traces>) -> Arc<Registry> {
         let began_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Arc::new(Registry {
             tenant_claim: tenant_claim.to_owned(),
@@ -91,6 +92,7 @@ impl Registry {
             gone: Mutex::default(),
             leaks: Mutex::default(),
             vitals,
+            traces,
         })
     }
 
@@ -207,6 +209,7 @@ impl Registry {
         if connection.take(entry) {
             self.subscriptions.fetch_sub(1, Relaxed);
             self.note_gone(entry.is_mirrored().then_some(entry.id).into_iter());
+            self.trace(Happened::of("leave", connection.id, &entry.topic));
         }
     }
 
@@ -222,6 +225,7 @@ impl Registry {
         }
         drop(shard);
         self.connections.fetch_sub(1, Relaxed);
+        self.trace(Happened::of("close", connection.id, ""));
         let listed = connection.take_all();
         self.subscriptions.fetch_sub(listed.len(), Relaxed);
         self.note_gone(listed.iter().filter(|entry| entry.is_mirrored()).map(|entry| entry.id));
@@ -241,6 +245,12 @@ impl Registry {
         self.each(|connection| connection.with_listed(|listed| listed.iter().for_each(|entry| entry.set_mirrored(false))));
         // Those among them whose rows were never there are deleted once more, in vain.
         self.gone.lock().overflow = false;
+    }
+
+    fn trace(&self, event: Happened<'_>) {
+        if self.traces.is_on() {
+            self.traces.happened(event);
+        }
     }
 
     fn note_gone(&self, rows: impl Iterator<Item = u64>) {

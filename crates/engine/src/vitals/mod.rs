@@ -60,7 +60,7 @@ impl Vital {
     ];
 
     /// Its name among the errors, if it is one.
-    fn error(self) -> Option<&'static str> {
+    pub(crate) fn error(self) -> Option<&'static str> {
         Some(match self {
             Vital::Delivered | Vital::Opened | Vital::Joined | Vital::ClosedByOperator => return None,
             Vital::Dropped => "dropped",

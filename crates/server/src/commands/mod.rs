@@ -8,5 +8,6 @@ pub mod invalidate;
 pub mod migrate;
 mod reach;
 pub mod serve;
+pub mod support;
 pub mod tail;
 pub mod token;

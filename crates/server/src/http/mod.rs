@@ -53,6 +53,10 @@ pub struct App {
     pub engine: Engine,
     pub limits: Limits,
     pub metrics: PrometheusHandle,
+    /// The settings in force as text, without secrets: for a support file.
+    pub settings: Arc<str>,
+    /// A support file may name people.
+    pub shows_people: bool,
     /// Only `walcast dev` serves the demo and its keys.
     pub demo: Option<Arc<DemoSession>>,
     pub sse: Arc<sse::Sse>,
@@ -93,6 +97,9 @@ pub fn router(app: App) -> Router {
         .route("/admin/v1/leaks", get(admin::connections::leaks))
         .route("/admin/v1/realtime", get(admin::realtime::get))
         .route("/admin/v1/explain-visibility", get(explain_visibility::get).post(explain_visibility::post))
+        .route("/admin/v1/trace", get(admin::trace::list).post(admin::trace::begin))
+        .route("/admin/v1/trace/{id}", get(admin::trace::get).delete(admin::trace::end))
+        .route("/admin/v1/support", get(admin::support::get))
         .route("/cache/v1/invalidate", post(cache::invalidate::invalidate))
         .route(
             "/cache/v1/{namespace}/{key}",

@@ -125,6 +125,7 @@ pub struct RealtimeSettings {
     pub max_frame_bytes: u64,
     pub idle_timeout: Duration,
     pub leak_window: Duration,
+    pub trace_payloads: bool,
 }
 
 /// 0 is no limit.
@@ -228,6 +229,7 @@ impl Settings {
                 max_frame_bytes: from.number("realtime.max_frame_bytes"),
                 idle_timeout: from.time("realtime.idle_timeout"),
                 leak_window: from.time("realtime.leak_window"),
+                trace_payloads: from.flag("realtime.trace_payloads"),
             },
             limits: LimitsSettings::from_resolved(from),
             sse: SseSettings {

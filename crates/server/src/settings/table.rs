@@ -317,6 +317,13 @@ pub const SETTINGS: &[Setting] = &[
         "access_token",
         "Cookie that holds a token, for `EventSource` on pages of this origin and of `server.allowed_origins`; without it cookies mean nothing",
     ),
+    setting(
+        "realtime.trace_payloads",
+        Kind::Flag,
+        "false",
+        "true",
+        "Traces and support files may show values of rows, subjects and addresses; else they are masked",
+    ),
     setting("log.format", Kind::Choice(&["text", "json"]), "text", "json", "How log lines look"),
     setting("log.level", Kind::LogFilter, "info", "info,walcast_wal=debug", "Which log lines are written"),
 ];

@@ -1,10 +1,12 @@
 //! `/admin/v1/*`: what an operator wants to see, as JSON, for `service_role` alone.
 //!
 //! [`connections`]: who is connected and subscribed, what leaks, and how to end a connection. [`realtime`]: the health of the
-//! live side as a whole.
+//! live side as a whole. [`trace`]: what happens on one topic, connection or table. [`support`]: all of it in one file.
 
 pub mod connections;
 pub mod realtime;
+pub mod support;
+pub mod trace;
 
 use axum::{
     Json,

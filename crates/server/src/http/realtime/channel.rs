@@ -160,7 +160,7 @@ impl Socket {
             }
             Err(error) => return self.refuse(&frame, &format!("{}: {error}", error.code())),
         }
-        self.connection.joined();
+        self.connection.joined(&channel.topic);
         self.channels.by_topic.insert(channel.topic.clone(), channel);
     }
 

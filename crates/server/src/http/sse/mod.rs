@@ -84,7 +84,7 @@ pub async fn changes(State(app): State<App>, address: ClientAddress, uri: Uri, h
         listed.error(Vital::JoinRefused);
         refused(not_subscribed(&error))
     })?;
-    listed.joined();
+    listed.joined(&listing.topic);
     let first = vec![stream::retry(), opened.sse_opening()];
     let handle = opened.release(first);
     let body = stream::body(Live { app, reader, handle, open, permit, topic, expires_at, listed, _listing: listing });
