@@ -282,13 +282,12 @@ pub const SETTINGS: &[Setting] = &[
         "Messages that one connection is sent in a second; more wait in its outbox, which has its own bound; 0: no limit",
     ),
     setting(
-        "limits.messages_out_per_second_per_topic",
+        "limits.messages_out_per_second_per_tenant",
         MOST,
         "0",
-        "50000",
-        "The same of one topic to all who hear it; 0: no limit",
+        "100000",
+        "The same to all clients of one tenant; 0: no limit",
     ),
-    setting("limits.messages_out_per_second_per_tenant", MOST, "0", "100000", "The same to one tenant's clients; 0: no limit"),
     setting(
         "limits.payload_bytes",
         Kind::Bytes { least: 0 },

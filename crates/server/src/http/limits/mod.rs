@@ -1,8 +1,8 @@
 //! How much one client, one topic, one tenant and one address may do. Asked at the door, at joins, at messages.
 //!
 //! [`Limits::admit`] gives a [`ConnectionPermit`], which counts for as long as anybody holds it; its
-//! [`ConnectionPermit::join`] gives a [`TopicPermit`] likewise. Nothing here waits but [`TopicPermit::pace_out`] and its
-//! like, and nothing is dropped: what may not come in is refused with its limit's name, what may not go out waits.
+//! [`ConnectionPermit::join`] gives a [`TopicPermit`] likewise. Nothing here waits but [`ConnectionPermit::pace_out`], and
+//! nothing is dropped: what may not come in is refused with its limit's name, what may not go out waits.
 
 mod address;
 mod bucket;
@@ -68,7 +68,6 @@ struct Shared {
     tenant_joins: Buckets,
     topic_in: Buckets,
     tenant_in: Buckets,
-    topic_out: Buckets,
     tenant_out: Buckets,
 }
 
@@ -125,7 +124,6 @@ impl Limits {
             tenant_joins: Buckets::new(settings.joins_per_second_per_tenant, BURST_SECONDS),
             topic_in: Buckets::new(settings.messages_in_per_second_per_topic, BURST_SECONDS),
             tenant_in: Buckets::new(settings.messages_in_per_second_per_tenant, BURST_SECONDS),
-            topic_out: Buckets::new(settings.messages_out_per_second_per_topic, BURST_SECONDS),
             tenant_out: Buckets::new(settings.messages_out_per_second_per_tenant, BURST_SECONDS),
             settings: settings.clone(),
         };
@@ -200,11 +198,7 @@ impl Limits {
 impl LimitsSettings {
     /// A tenth of a second's worth; everything, where nothing out is limited.
     fn out_at_once(&self) -> usize {
-        let rates = [
-            self.messages_out_per_second_per_connection,
-            self.messages_out_per_second_per_topic,
-            self.messages_out_per_second_per_tenant,
-        ];
+        let rates = [self.messages_out_per_second_per_connection, self.messages_out_per_second_per_tenant];
         rates.into_iter().filter(|rate| *rate > 0).min().map_or(usize::MAX, |rate| (rate / 10).max(1) as usize)
     }
 }
@@ -268,6 +262,11 @@ impl ConnectionPermit {
     pub async fn pace_out(&self, messages: usize) {
         let most = self.0.shared.settings.messages_out_per_second_per_connection;
         pace(Limit::MessagesOutPerConnection, most, || self.0.messages_out.take(messages)).await;
+        let tenant = self.0.tenant.lock().as_ref().map(|held| held.name().clone());
+        if let Some(tenant) = tenant {
+            let most = self.0.shared.settings.messages_out_per_second_per_tenant;
+            pace(Limit::MessagesOutPerTenant, most, || self.0.shared.tenant_out.take(&tenant, messages)).await;
+        }
     }
 }
 
@@ -282,18 +281,6 @@ impl TopicPermit {
         let most = shared.settings.messages_in_per_second_per_tenant;
         let taken = shared.tenant_in.take(tenant, 1);
         taken.map_err(|wait| LimitRefusal::new(Limit::MessagesInPerTenant, most.into(), wait))
-    }
-
-    /// Beside [`ConnectionPermit::pace_out`]: the topic's and the tenant's limits.
-    pub async fn pace_out(&self, messages: usize) {
-        let shared = &self.connection.0.shared;
-        let settings = &shared.settings;
-        let most = settings.messages_out_per_second_per_topic;
-        pace(Limit::MessagesOutPerTopic, most, || shared.topic_out.take(&self.topic, messages)).await;
-        if let Some(tenant) = &self.tenant {
-            let most = settings.messages_out_per_second_per_tenant;
-            pace(Limit::MessagesOutPerTenant, most, || shared.tenant_out.take(tenant, messages)).await;
-        }
     }
 }
 

@@ -23,7 +23,6 @@ pub enum Limit {
     MessagesInPerTopic,
     MessagesInPerTenant,
     MessagesOutPerConnection,
-    MessagesOutPerTopic,
     MessagesOutPerTenant,
     Payload,
     StreamsPerResource,
@@ -54,7 +53,6 @@ impl Limit {
             Limit::MessagesInPerTopic => "limits.messages_in_per_second_per_topic",
             Limit::MessagesInPerTenant => "limits.messages_in_per_second_per_tenant",
             Limit::MessagesOutPerConnection => "limits.messages_out_per_second_per_connection",
-            Limit::MessagesOutPerTopic => "limits.messages_out_per_second_per_topic",
             Limit::MessagesOutPerTenant => "limits.messages_out_per_second_per_tenant",
             Limit::Payload => "limits.payload_bytes",
             Limit::StreamsPerResource => "sse.max_streams_per_resource",
@@ -74,7 +72,6 @@ impl Limit {
             | Limit::MessagesInPerTopic
             | Limit::MessagesInPerTenant
             | Limit::MessagesOutPerConnection
-            | Limit::MessagesOutPerTopic
             | Limit::MessagesOutPerTenant => ("MessageRateLimitReached", "Too many messages per second"),
             Limit::Payload => ("PayloadTooLarge", "The payload is too large"),
             Limit::StreamsPerResource => ("StreamRateLimitReached", "Too many streams of one user on one resource"),

@@ -15,6 +15,12 @@ pub struct Held<K: Eq + Hash> {
     name: K,
 }
 
+impl<K: Eq + Hash> Held<K> {
+    pub fn name(&self) -> &K {
+        &self.name
+    }
+}
+
 impl<K: Eq + Hash> Default for Tally<K> {
     fn default() -> Tally<K> {
         Tally(Arc::default())

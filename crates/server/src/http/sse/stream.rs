@@ -34,7 +34,8 @@ pub struct Live {
     pub handle: SubscriptionHandle,
     pub open: OpenStream,
     pub permit: ConnectionPermit,
-    pub topic: TopicPermit,
+    /// Counts the stream among its resource's and its tenant's.
+    pub _topic: TopicPermit,
     /// Of the token or the ticket, in seconds since 1970.
     pub expires_at: u64,
     pub listed: ConnectionHandle,
@@ -65,41 +66,40 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
     let live = &mut going.live;
     // Asked for more: the socket took what it was given.
     live.listed.heard();
-    if !going.waiting.is_empty() {
-        let sent = live.send(&mut going.waiting).await;
-        return Some((Ok(sent), Some(going)));
-    }
-    let quiet = tokio::time::sleep(QUIET);
-    let said = tokio::select! {
-        taken = live.reader.take(&mut going.waiting) => match taken {
-            Ok(()) => {
-                if going.waiting.is_empty() {
-                    // There is room again for what did not fit.
+    loop {
+        if !going.waiting.is_empty() {
+            let sent = live.send(&mut going.waiting).await;
+            return Some((Ok(sent), Some(going)));
+        }
+        let quiet = tokio::time::sleep(QUIET);
+        let said = tokio::select! {
+            taken = live.reader.take(&mut going.waiting) => match taken {
+                // There is room again for what did not fit.
+                Ok(()) if going.waiting.is_empty() => {
                     live.app.engine.catch_up(&live.handle).await;
-                    return Box::pin(next(Some(going))).await;
+                    continue;
                 }
-                let sent = live.send(&mut going.waiting).await;
-                return Some((Ok(sent), Some(going)));
+                Ok(()) => continue,
+                Err(CloseReason::Slow { .. }) => {
+                    live.listed.error(Vital::ClosedSlow);
+                    last_words("closed", "too slow: reconnect to resume from the last id")
+                }
+                Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
+                Err(CloseReason::Gone) => return None,
+            },
+            () = until(live.expires_at) => last_words("expired", "the token or ticket has expired: reconnect with a new one"),
+            farewell = &mut going.farewell => {
+                let mut said = format!("retry: {}\n", farewell.retry.as_millis()).into_bytes();
+                said.extend_from_slice(&last_words("closed", &farewell.text()));
+                said.into()
             }
-            Err(CloseReason::Slow { .. }) => {
-                live.listed.error(Vital::ClosedSlow);
-                last_words("closed", "too slow: reconnect to resume from the last id")
+            () = quiet => {
+                let sign = sign_of_life(live).await;
+                return Some((Ok(sign), Some(going)));
             }
-            Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
-            Err(CloseReason::Gone) => return None,
-        },
-        () = until(live.expires_at) => last_words("expired", "the token or ticket has expired: reconnect with a new one"),
-        farewell = &mut going.farewell => {
-            let mut said = format!("retry: {}\n", farewell.retry.as_millis()).into_bytes();
-            said.extend_from_slice(&last_words("closed", &farewell.text()));
-            said.into()
-        }
-        () = quiet => {
-            let sign = sign_of_life(live).await;
-            return Some((Ok(sign), Some(going)));
-        }
-    };
-    Some((Ok(said), None))
+        };
+        return Some((Ok(said), None));
+    }
 }
 
 impl Live {
@@ -107,7 +107,6 @@ impl Live {
     async fn send(&mut self, waiting: &mut Vec<Bytes>) -> Bytes {
         let may_go = waiting.len().min(self.permit.out_at_once());
         self.permit.pace_out(may_go).await;
-        self.topic.pace_out(may_go).await;
         let sent: Vec<_> = if may_go == waiting.len() { std::mem::take(waiting) } else { waiting.drain(..may_go).collect() };
         self.open.delivered(sent.iter().filter(|frame| is_change(frame)).count() as u64);
         join(sent)
@@ -122,7 +121,13 @@ async fn sign_of_life(live: &mut Live) -> Bytes {
     let mut frames = Vec::new();
     tokio::select! {
         biased;
-        taken = live.reader.take(&mut frames) => if taken.is_ok() { return join(frames) },
+        taken = live.reader.take(&mut frames) => match taken {
+            Ok(()) if !frames.is_empty() => return join(frames),
+            // Said only once: there is room again for what did not fit.
+            Ok(()) => live.app.engine.catch_up(&live.handle).await,
+            // Said again when it is asked for next.
+            Err(_) => {}
+        },
         () = std::future::ready(()) => {}
     }
     Bytes::from_static(b":\n\n")
