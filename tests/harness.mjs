@@ -20,6 +20,8 @@ const ENDED_WITHIN_MS = 30_000
 /**
  * → { url, anonKey, serviceKey, token, databaseUrl, providerUserId, state, stop() }; `state` is null where we did not start it.
  * `token` is provider 1's. `settings` are variables such as WALCAST_SSE__COOKIE, for the one that we start.
+ * What we started can also be killed, `kill9()`, its PostgreSQL with it, and started again at the same
+ * address, `startAgain()`.
  */
 export async function runningWalcast(settings = {}) {
   return process.env.WALCAST_URL ? given() : started(settings)
@@ -53,13 +55,17 @@ async function started(settings) {
   // As root, `dev` runs its PostgreSQL as another user, who must be able to walk through this folder.
   await chmod(folder, 0o711)
 
-  const child = spawn(BINARY, ['dev'], {
-    cwd: ROOT,
-    env: { ...withoutOurOwn(process.env), WALCAST_DEV_DIR: folder, WALCAST_LISTEN: '127.0.0.1:0', ...settings },
-    stdio: ['ignore', 'pipe', 'pipe'],
-  })
-  const said = tail(child)
-  const ended = new Promise((resolve) => child.once('exit', (code, signal) => resolve(signal ?? code)))
+  let child, said, ended
+  const launch = (listen) => {
+    child = spawn(BINARY, ['dev'], {
+      cwd: ROOT,
+      env: { ...withoutOurOwn(process.env), WALCAST_DEV_DIR: folder, WALCAST_LISTEN: listen, ...settings },
+      stdio: ['ignore', 'pipe', 'pipe'],
+    })
+    said = tail(child)
+    ended = new Promise((resolve) => child.once('exit', (code, signal) => resolve(signal ?? code)))
+  }
+  launch('127.0.0.1:0')
 
   const stop = async () => {
     if (child.exitCode === null && child.signalCode === null) child.kill('SIGTERM')
@@ -85,6 +91,19 @@ async function started(settings) {
       providerUserId: state.provider.user_id,
       state,
       stop,
+      kill9: async () => {
+        child.kill('SIGKILL')
+        await ended
+      },
+      startAgain: async () => {
+        await ended
+        const until = Date.now() + READY_WITHIN_MS
+        // What was killed may hold its folder for a moment longer.
+        for (launch(new URL(state.url).host); !(await isReady(state.url)); await after(100)) {
+          if (Date.now() > until) fail(`walcast dev was not ready again within ${READY_WITHIN_MS / 1000} s; it said:\n${said()}`)
+          if (child.exitCode !== null || child.signalCode !== null) launch(new URL(state.url).host)
+        }
+      },
     }
   } catch (error) {
     await stop().catch(() => {})
@@ -117,6 +136,8 @@ async function stateOf(folder, ended, said) {
   }
   fail(`walcast dev was not ready within ${READY_WITHIN_MS / 1000} s; it said:\n${said()}`)
 }
+
+const isReady = (url) => fetch(new URL('/readyz', url)).then((answer) => answer.ok, () => false)
 
 /** The last of what the process printed, for messages. */
 function tail(child) {

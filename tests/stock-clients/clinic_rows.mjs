@@ -40,3 +40,12 @@ export const prescription = (id, patientId, name) => ({
   started_on: '2026-01-02',
   prescribed_at: '2026-01-02T03:04:05.678901+00:00',
 })
+
+/** Writes one prescription that differs where filters look. */
+export async function prescribeSo(db, { patientId, name, dose, active, startedOn }) {
+  await db.query(
+    `insert into medications (patient_id, name, dose, unit, taken_at, instructions, active, started_on, prescribed_at)
+     values ($1, $2, $3, 'mg', '{}', '{}', $4, $5, now())`,
+    [patientId, name, dose, active, startedOn],
+  )
+}

@@ -152,6 +152,39 @@ class StockPythonClient(unittest.IsolatedAsyncioTestCase):
         await changes.find(about(inside, "INSERT"), "the row inside the filter")
         self.assertEqual([change for change in changes.heard if name_of(change) == outside], [])
 
+    async def test_each_filter_lets_through_exactly_the_rows_that_it_means(self) -> None:
+        low, high = unique("low"), unique("High, x")
+        cases = {
+            f"patient_id=eq.{self.mine}": [low],
+            f"patient_id=neq.{self.mine}": [high],
+            f"patient_id=in.({self.mine},999999)": [low],
+            f"patient_id=not.in.({self.mine},999999)": [high],
+            "name=like.low %": [low],
+            "name=not.like.low %": [high],
+            "name=ilike.HIGH%": [high],
+            "name=match.^low": [low],
+            "name=imatch.^HIGH": [high],
+            "dose=gte.12.5": [low, high],
+            "dose=lt.12.5": [],
+            "active=is.true": [low, high],
+            "active=not.is.true": [],
+            "prescribed_by=is.null": [low, high],
+            "prescribed_by=isdistinct.1": [low, high],
+            f'name=eq."{high}"': [high],
+            f"dose=gt.1,patient_id=eq.{self.mine}": [low],
+        }
+        listening = {filter: (await self.listen(filter=filter))[1] for filter in cases}
+        _, witness, _ = await self.listen()
+        last = unique("last")
+        await self.prescribe(self.mine, low)
+        await self.prescribe(self.also_mine, high)
+        await self.prescribe(self.mine, last)
+        # On one socket, in commit order: nothing comes after the last row of who joined last.
+        await witness.find(about(last, "INSERT"), "the last row")
+        for filter, expected in cases.items():
+            heard = [name_of(change) for change in listening[filter].heard]
+            self.assertEqual([name for name in heard if name in (low, high)], expected, filter)
+
     async def test_another_providers_patient_is_never_heard(self) -> None:
         _, changes, _ = await self.listen()
         foreign, own = unique("foreign"), unique("own")

@@ -195,6 +195,8 @@ impl fmt::Display for Condition {
                 };
                 write!(f, "{word}.{}", Quoted(value))
             }
+            // It would else look like an empty list, which is refused.
+            Test::In(values) if *values == [""] => f.write_str("in.(\"\")"),
             Test::In(values) => {
                 f.write_str("in.(")?;
                 for (at, value) in values.iter().enumerate() {
@@ -327,6 +329,7 @@ mod tests {
             "a=is.unknown",
             "a=isdistinct.1",
             "a=eq.",
+            "a=in.(\"\")",
             "a=eq.x.y=z",
         ] {
             assert_eq!(shown(filter), [filter]);

@@ -103,7 +103,7 @@ fn changes(table: &Arc<Table>) -> Vec<Change> {
         table: table.clone(),
         operation: [Operation::Insert, Operation::Update, Operation::Delete][n % 3],
         new: if n % 3 == 2 { None } else { cells(n) },
-        old: if n % 3 == 0 { None } else { cells(n + 4) },
+        old: if n.is_multiple_of(3) { None } else { cells(n + 4) },
     };
     (0..13).map(change).collect()
 }
@@ -120,7 +120,7 @@ fn p7_no_filter_makes_the_server_panic_or_eat_memory() {
     let (mut read, mut refused, mut matches) = (0_u64, 0_u64, 0_u64);
     let mut out = Vec::new();
     for n in 0..cases(1_000_000) {
-        let bytes = mutator.next();
+        let bytes = mutator.injured();
         let text = String::from_utf8_lossy(&bytes);
         let region = Region::new(ALLOCATOR);
         let parsed = Condition::parse_all(&text);

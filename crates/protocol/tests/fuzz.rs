@@ -100,7 +100,7 @@ fn run<T, E: std::fmt::Display>(
 ) {
     let (mut read, mut refused) = (0_u64, 0_u64);
     for n in 0..cases(count) {
-        let bytes = mutator.next();
+        let bytes = mutator.injured();
         match bounded(&bytes, || parse(&bytes)) {
             Ok(parsed) => {
                 read += 1;

@@ -19,13 +19,13 @@ use client::{Client, EVERY, Habit, Told, Way, World};
 use judge::{Verdict, judge};
 use support::{Server, migrate};
 use tokio::task::JoinHandle;
-use walcast_testkit::{TestPostgres, wait};
+use walcast_testkit::{SseStream, TestPostgres, wait};
 
 const SCHEMA: &str = "
 create table visits (id bigint primary key, note text);
 grant select on visits to authenticated;";
 /// Rows a second.
-const RATE: u32 = 20;
+const RATE: u32 = 10;
 /// Only catches hangs.
 const DEADLINE: Duration = Duration::from_secs(180);
 
@@ -171,11 +171,18 @@ async fn p2_who_was_away_longer_than_is_remembered_is_told_to_resync() -> Result
     }
     scene.all_live().await?;
     Scene::write(&scene.postgres, &scene.world, 10, 1_000).await?;
-    // All at once, and while they are away more is written than is kept.
+    // All at once, and while they are away more is written than is kept; one who was there tells when.
+    scene.world.away.store(true, Ordering::SeqCst);
     scene.server.kill9().await?;
-    let postgres = &scene.postgres;
-    Scene::write(postgres, &scene.world, 1_000, 10_000).await?;
     scene.server.start_again().await?;
+    let token = scene.server.token("authenticated", None);
+    let witness_url = format!("{}/sse/v1/changes?table=visits&event=INSERT", scene.server.url);
+    let mut witness = SseStream::open(&witness_url, Some(&token), None).await?;
+    witness.next_where(|event| event.event == "live", DEADLINE).await?;
+    Scene::write(&scene.postgres, &scene.world, 1_000, 10_000).await?;
+    witness.next_where(|event| event.event == "change" && event.data.contains("\"id\":1010"), DEADLINE).await?;
+    drop(witness);
+    scene.world.away.store(false, Ordering::SeqCst);
     let (told, last) = scene.end().await?;
     for (n, client) in told.iter().enumerate() {
         let verdict = judge(&client.heard, last).with_context(|| format!("client {n}"))?;

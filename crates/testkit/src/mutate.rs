@@ -32,7 +32,7 @@ impl<'a> Mutator<'a> {
     }
 
     /// A valid input after one to three injuries.
-    pub fn next(&mut self) -> Vec<u8> {
+    pub fn injured(&mut self) -> Vec<u8> {
         let mut bytes = self.one_of(self.corpus).to_vec();
         for _ in 0..self.rng.random_range(1..=3) {
             self.injure(&mut bytes);

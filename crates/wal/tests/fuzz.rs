@@ -43,7 +43,7 @@ fn p7_no_bytes_from_the_wal_make_the_decoder_panic_or_eat_memory() {
     let (mut read, mut refused) = (0_u64, 0_u64);
     let mut assembler = Assembler::new(64 << 10);
     for _ in 0..cases(1_000_000) {
-        let bytes = Bytes::from(mutator.next());
+        let bytes = Bytes::from(mutator.injured());
         let region = Region::new(ALLOCATOR);
         let decoded = decode(&bytes);
         let allocated = region.change().bytes_allocated;

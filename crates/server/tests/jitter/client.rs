@@ -44,6 +44,8 @@ pub struct World {
     pub live: AtomicUsize,
     /// The server has been killed; not all are back yet.
     pub killed: AtomicBool,
+    /// Whoever is cut off stays away.
+    pub away: AtomicBool,
     /// Nobody is cut any more.
     pub calm: AtomicBool,
     /// The row that ends the test; 0 while it is not known.
@@ -95,13 +97,11 @@ impl Client {
         let mut cut = self.first_cut;
         let mut replay = None;
         loop {
-            let mut line = match self.enter().await {
-                Ok(line) => line,
-                // The server is away, or lets in no more for now.
-                Err(_) => {
-                    tokio::time::sleep(AGAIN).await;
-                    continue;
-                }
+            let entered = if self.world.away.load(Ordering::SeqCst) { None } else { self.enter().await.ok() };
+            // The server is away, or lets in no more for now.
+            let Some(mut line) = entered else {
+                tokio::time::sleep(AGAIN).await;
+                continue;
             };
             self.world.live.fetch_add(1, Ordering::SeqCst);
             let ended = self.listen(&mut line, cut, &mut replay).await;
@@ -111,8 +111,11 @@ impl Client {
             }
             drop(line);
             if cut <= Instant::now() {
-                cut += EVERY;
                 tokio::time::sleep(AWAY).await;
+            }
+            // Those that fell into an absence are over with it.
+            while cut <= Instant::now() {
+                cut += EVERY;
             }
             self.told.returns += 1;
             let (until, after_kill) = (self.world.written.load(Ordering::SeqCst), self.world.killed.load(Ordering::SeqCst));
