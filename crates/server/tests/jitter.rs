@@ -128,8 +128,8 @@ async fn p2_a_thousand_clients_on_bad_lines_hear_each_row_once_while_the_server_
         world.killed.store(true, Ordering::SeqCst);
         scene.server.kill9().await?;
         scene.server.start_again().await?;
-        // Some are always away for their two seconds.
-        let most = scene.clients.len() * 3 / 4;
+        // Some are always away for their two seconds, on a busy machine for longer.
+        let most = scene.clients.len() / 2;
         wait::until(DEADLINE, "most have come back", async || world.live.load(Ordering::SeqCst) >= most).await?;
         world.killed.store(false, Ordering::SeqCst);
         anyhow::Ok(())
