@@ -1,7 +1,7 @@
 use std::net::Ipv4Addr;
 
 use serde_json::json;
-use walcast_hub::{OutboxReader, outbox};
+use walcast_hub::{OutboxLimits, OutboxReader, outbox};
 
 use super::*;
 use crate::Asked;
@@ -15,7 +15,7 @@ fn claims(subject: &str, tenant: Option<&str>) -> Claims {
 }
 
 fn connect(registry: &Arc<Registry>, component: &str, subject: &str) -> (ConnectionHandle, OutboxReader) {
-    let (outbox, reader) = outbox(1_000);
+    let (outbox, reader) = outbox(OutboxLimits { bytes: 1_000, frames: 100 });
     let new = NewConnection {
         kind: Kind::WebSocketV1,
         app: Some("ward"),
@@ -70,7 +70,7 @@ fn p9_an_ended_connection_lists_nothing_more() {
     assert_eq!((registry.connections(), registry.subscriptions()), (0, 0));
     let mut frames = Vec::new();
     let told = futures_util::FutureExt::now_or_never(reader.take(&mut frames));
-    assert_eq!(told, Some(Err(CloseReason::Ended("ended by an operator"))));
+    assert_eq!(told, Some(Err(CloseReason::Ended("ended by an operator".into()))));
 }
 
 #[test]
@@ -91,8 +91,8 @@ fn a_round_trip_is_smoothed() {
     let registry = Registry::new("tenant", Arc::default(), Arc::new(Traces::new(false)));
     let (connection, _reader) = connect(&registry, "board", "7");
     assert_eq!(connection.round_trip(), None);
-    connection.pong(Duration::from_millis(8));
-    connection.pong(Duration::from_millis(16));
+    connection.entry().pong(Duration::from_millis(8));
+    connection.entry().pong(Duration::from_millis(16));
     assert_eq!(connection.round_trip(), Some(Duration::from_millis(9)));
 }
 

@@ -133,7 +133,7 @@ impl Client {
             };
             let Ok((event, position)) = event else { return Ok(false) };
             if position.is_some() {
-                if self.told.heard.len() % 50 == 0 {
+                if self.told.heard.len().is_multiple_of(50) {
                     self.older = self.position.clone();
                 }
                 self.position = position;
