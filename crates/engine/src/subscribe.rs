@@ -89,6 +89,7 @@ pub struct Opened {
 
 impl Opened {
     pub fn release(self, answer: Vec<Bytes>) -> SubscriptionHandle {
+        self.handle.subscriber.listed.delivered(self.missed.frames.len() as u64);
         self.handle.subscriber.gate.release(answer, self.missed);
         self.handle
     }
@@ -154,7 +155,10 @@ impl Engine {
         core.metrics.catch_ups.increment(1);
         let cursor = Position { lsn, index, ..noted };
         match replay(core, handle, cursor, noted).await {
-            Ok(missed) => gate.release([], missed),
+            Ok(missed) => {
+                handle.subscriber.listed.delivered(missed.frames.len() as u64);
+                gate.release([], missed);
+            }
             Err(reason) => {
                 core.note_resyncs(1);
                 let told = resync_frame(&handle.audience.shape, &noted, reason);

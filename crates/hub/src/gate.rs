@@ -118,7 +118,7 @@ impl Gate {
                 told.into_iter().chain(place.is_none().then_some(frame)).all(|frame| self.outbox.push(frame))
             }
             None => {
-                self.outbox.close(CloseReason::Slow { queued_bytes: *bytes });
+                self.outbox.close(CloseReason::Slow(format!("{bytes} bytes came before the join was answered")));
                 *frames = Vec::new();
                 false
             }
@@ -282,6 +282,6 @@ mod tests {
         let (gate, mut reader) = gate(10_000, 100);
         let held = (0..20).all(|n| gate.offer(&[(Lsn(n), 0)], &[Bytes::from_static(&[0; 10])]).is_some());
         assert!(!held);
-        assert!(matches!(reader.take(&mut Vec::new()).await, Err(CloseReason::Slow { .. })));
+        assert!(matches!(reader.take(&mut Vec::new()).await, Err(CloseReason::Slow(_))));
     }
 }

@@ -18,8 +18,8 @@ use crate::writers::SocketDrain;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CloseReason {
-    /// The client read more slowly than it was told.
-    Slow { queued_bytes: usize },
+    /// The client does not read what it is sent; how it was noticed.
+    Slow(String),
     /// The server ends the connection and says why.
     Ended(String),
     /// The client has gone, or the connection's own task has.
@@ -106,8 +106,8 @@ impl Outbox {
         }
         let OutboxLimits { bytes, frames } = self.0.limits;
         if state.bytes >= bytes.saturating_mul(OWED) || state.frames.len() >= frames.saturating_mul(OWED) {
-            let queued_bytes = state.bytes + frame.len();
-            close(&mut state, CloseReason::Slow { queued_bytes });
+            let why = format!("{} bytes were waiting, which cannot be had again", state.bytes + frame.len());
+            close(&mut state, CloseReason::Slow(why));
         } else {
             add(&mut state, frame);
         }
@@ -178,6 +178,10 @@ impl Outbox {
 
     pub fn is_closed(&self) -> bool {
         self.0.state.lock().closed.is_some()
+    }
+
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        self.0.state.lock().closed.clone()
     }
 
     /// For how long nothing more has been taken.
@@ -311,7 +315,7 @@ mod tests {
         assert_eq!(frames, ["one"]);
         assert!(!(0..100).all(|_| outbox.push(Bytes::from_static(&[0; 100]))));
         assert_eq!(outbox.queued_bytes(), 0);
-        assert!(matches!(reader.take(&mut frames).await, Err(CloseReason::Slow { .. })));
+        assert!(matches!(reader.take(&mut frames).await, Err(CloseReason::Slow(_))));
     }
 
     #[tokio::test]

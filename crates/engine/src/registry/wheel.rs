@@ -54,7 +54,8 @@ fn look_after(core: &Core, connection: &Connection) -> bool {
         outbox.close(CloseReason::Ended(why));
     } else if outbox.blocked_for().is_some_and(|blocked| blocked > STUCK) {
         core.vitals.count(Vital::ClosedSlow);
-        outbox.close(CloseReason::Slow { queued_bytes: outbox.queued_bytes() });
+        let (bytes, at) = (outbox.queued_bytes(), core.progress.announced());
+        outbox.close(CloseReason::Slow(format!("nothing was read for {} s, {bytes} bytes wait; now at {at}", STUCK.as_secs())));
     } else {
         return false;
     }

@@ -31,7 +31,7 @@ async fn pass(mut reader: OutboxReader, socket: Outbox, permit: ConnectionPermit
                     }
                 }
             }
-            Err(CloseReason::Slow { queued_bytes }) => return socket.close(CloseReason::Slow { queued_bytes }),
+            Err(CloseReason::Slow(why)) => return socket.close(CloseReason::Slow(why)),
             Err(reason) => return socket.end(reason),
         }
     }

@@ -80,7 +80,7 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
                     continue;
                 }
                 Ok(()) => continue,
-                Err(CloseReason::Slow { .. }) => {
+                Err(CloseReason::Slow(_)) => {
                     live.listed.error(Vital::ClosedSlow);
                     last_words("closed", "too slow: reconnect to resume from the last id")
                 }
