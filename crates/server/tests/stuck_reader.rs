@@ -1,5 +1,5 @@
-//! One client never reads while 27 MB are published to it and to twenty others. What it is owed is kept nowhere: the
-//! server occupies as much as without it, the others hear everything, and it is closed, whether it reads that or not.
+//! Clients that never read while 27 MB are published to them and to twenty others. What they are owed is kept nowhere: each
+//! costs the server less than 1 MB, the others hear everything, and they are closed, whether they read that or not.
 //!
 //! Promise P7.
 
@@ -21,7 +21,9 @@ const ROWS: i64 = 1_728;
 const ROW_BYTES: i64 = 15_625;
 /// Rows in one transaction; nobody is further behind than this.
 const TOGETHER: i64 = 64;
-/// Memory also moves by itself: of several rounds the calmest counts.
+/// At once: what one costs is less than what memory moves by itself.
+const STUCK: usize = 8;
+/// Of several rounds the calmest counts.
 const ROUNDS: usize = 3;
 const MIB: u64 = 1 << 20;
 
@@ -118,23 +120,28 @@ async fn p7_a_client_that_never_reads_costs_no_memory_and_nobody_else_waits() ->
     for _ in 0..ROUNDS {
         without.push(scene.publish().await?);
         // The topic that the others are in: it stands in the same row as they do.
-        let mut stuck = join(&scene.server, "realtime:notes").await?;
+        let mut stuck = Vec::new();
+        for _ in 0..STUCK {
+            stuck.push(join(&scene.server, "realtime:notes").await?);
+        }
         with.push(scene.publish().await?);
         let closed = async || scene.connections().await == Some(HEALTHY as f64);
-        wait::until(DEADLINE, "the client that never reads is let go", closed).await?;
-        // Once it reads, it finds a beginning without gaps, and then the end.
-        let closing = stuck.until_closed(DEADLINE).await?;
-        let read = stuck.take_backlog().into_iter().filter(|frame| frame.event == "postgres_changes").count() as i64;
-        ensure!(read < ROWS, "it read all {read} rows: it was never stuck");
-        if let Some((code, reason)) = closing {
-            ensure!(code == 1013, "closed with {code}: {reason}");
+        wait::until(DEADLINE, "the clients that never read are let go", closed).await?;
+        // Once they read, they find a beginning without gaps, and then the end.
+        for stuck in &mut stuck {
+            let closing = stuck.until_closed(DEADLINE).await?;
+            let read = stuck.take_backlog().into_iter().filter(|frame| frame.event == "postgres_changes").count() as i64;
+            ensure!(read < ROWS, "it read all {read} rows: it was never stuck");
+            if let Some((code, reason)) = closing {
+                ensure!(code == 1013, "closed with {code}: {reason}");
+            }
         }
     }
     let calmest = |rounds: &[Round]| rounds.iter().map(|round| round.peak_bytes).min().unwrap_or_default();
     let slowest = |rounds: &[Round]| rounds.iter().map(|round| round.slowest).max().unwrap_or_default();
-    let grown = calmest(&with) as i64 - calmest(&without) as i64;
+    let grown = (calmest(&with) as i64 - calmest(&without) as i64) / STUCK as i64;
     println!(
-        "27 MB to {HEALTHY} clients and a stuck one: the server grew by {} KiB; slowest megabyte {:?} with it, {:?} without",
+        "27 MB to {HEALTHY} clients and {STUCK} stuck ones: the server grew by {} KiB for each; slowest megabyte {:?} with it, {:?} without",
         grown >> 10,
         slowest(&with),
         slowest(&without)
@@ -144,6 +151,6 @@ async fn p7_a_client_that_never_reads_costs_no_memory_and_nobody_else_waits() ->
     assert!(grown < MIB as i64, "a client that never reads costs the server {} KiB", grown >> 10);
     // It could not be told, so the operator is.
     let told = metric(&scene.server, "walcast_connections_closed_total{code=\"1013\"}").await;
-    assert_eq!(told, Some(ROUNDS as f64), "clients were let go and no metric says that they were too slow");
+    assert_eq!(told, Some((ROUNDS * STUCK) as f64), "clients were let go and no metric says that they were too slow");
     scene.server.stop().await
 }

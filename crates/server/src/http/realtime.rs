@@ -1,7 +1,7 @@
 //! The WebSocket of unmodified Supabase clients: `/realtime/v1/websocket` and `/socket/websocket`.
 //!
 //! One task reads a connection's frames and keeps its channels; what it says goes through the outbox, as what is announced
-//! does, so order is the outbox's order. The engine's writers put it into the socket. [`upgrade`] lets a client in,
+//! does, so order is the outbox's order. The engine's writers put it into the socket. [`mod@upgrade`] lets a client in,
 //! [`reading`] takes its frames from the socket, [`channel`] holds what a topic is.
 
 mod channel;
