@@ -139,6 +139,12 @@ impl Core {
         self.vitals.add(Vital::Resync, told);
     }
 
+    /// Changes went into outboxes.
+    pub(crate) fn note_delivered(&self, changes: u64) {
+        self.metrics.delivered.increment(changes);
+        self.vitals.add(Vital::Delivered, changes);
+    }
+
     /// A change was told without being shown.
     pub(crate) fn note_withheld(&self, error: &'static str) {
         self.metrics.withheld_error(error);

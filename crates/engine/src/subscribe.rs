@@ -9,7 +9,7 @@ use walcast_auth::{
     Rules,
     binding_check::{self, BindingRefused},
 };
-use walcast_hub::{Missed, Outbox};
+use walcast_hub::{Gate, Missed, Outbox};
 use walcast_matcher::{Binding, BindingError};
 use walcast_model::{Claims, Item, Position, Scope, TableName};
 use walcast_pg::PgError;
@@ -85,12 +85,12 @@ pub struct Opened {
     /// Where the client stands with the opening: the id of its first event.
     pub position: Position,
     missed: Missed,
+    core: Arc<Core>,
 }
 
 impl Opened {
     pub fn release(self, answer: Vec<Bytes>) -> SubscriptionHandle {
-        self.handle.subscriber.listed.delivered(self.missed.frames.len() as u64);
-        self.handle.subscriber.gate.release(answer, self.missed);
+        release(&self.core, &self.handle, answer, self.missed);
         self.handle
     }
 
@@ -124,7 +124,8 @@ impl Engine {
             wanted.push(check(core, &request.claims, asked).await?);
         }
         let SubscribeRequest { claims, shape, outbox, listed, after, .. } = request;
-        let handle = core.subscriptions.register(claims, shape, wanted, outbox, core.config.realtime.outbox_bytes, listed);
+        let gate = Gate::holding(outbox, core.config.realtime.outbox_bytes, after.map(|position| position.place()));
+        let handle = core.subscriptions.register(claims, shape, wanted, gate, listed);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();
@@ -132,7 +133,13 @@ impl Engine {
             // What was flushed before the stream was attached was committed before this subscription began.
             let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
             let position = Position { lsn: after.0, index: after.1, ..noted };
-            return Ok(Opened { handle, opening: Opening::Live, position, missed: Missed::nothing(after) });
+            return Ok(Opened {
+                handle,
+                opening: Opening::Live,
+                position,
+                missed: Missed::nothing(after),
+                core: self.core.clone(),
+            });
         };
         let (opening, position, missed) = match replay(core, &handle, cursor, noted).await {
             Ok(missed) => (Opening::Resumed, cursor, missed),
@@ -141,7 +148,7 @@ impl Engine {
                 (Opening::Resync(reason), noted, Missed::nothing(noted.place()))
             }
         };
-        Ok(Opened { handle, opening, position, missed })
+        Ok(Opened { handle, opening, position, missed, core: self.core.clone() })
     }
 
     /// Reads on for a subscription that had more to hear than its outbox took, as if its client had come back. Called by the
@@ -155,14 +162,11 @@ impl Engine {
         core.metrics.catch_ups.increment(1);
         let cursor = Position { lsn, index, ..noted };
         match replay(core, handle, cursor, noted).await {
-            Ok(missed) => {
-                handle.subscriber.listed.delivered(missed.frames.len() as u64);
-                gate.release([], missed);
-            }
+            Ok(missed) => release(core, handle, Vec::new(), missed),
             Err(reason) => {
                 core.note_resyncs(1);
                 let told = resync_frame(&handle.audience.shape, &noted, reason);
-                gate.release([told], Missed::nothing(noted.place()));
+                release(core, handle, vec![told], Missed::nothing(noted.place()));
             }
         }
     }
@@ -179,6 +183,12 @@ impl Engine {
         drop(old);
         self.subscribe(SubscribeRequest { claims, asked, shape, outbox, listed, after }).await
     }
+}
+
+fn release(core: &Core, handle: &SubscriptionHandle, answer: Vec<Bytes>, missed: Missed) {
+    let sent = handle.subscriber.gate.release(answer, missed) as u64;
+    handle.subscriber.listed.delivered(sent);
+    core.note_delivered(sent);
 }
 
 async fn check(core: &Core, claims: &Claims, asked: &Asked) -> Result<Wanted, SubscribeError> {

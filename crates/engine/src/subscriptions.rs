@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::RwLock;
-use walcast_hub::{Gate, Outbox, Place};
+use walcast_hub::{Gate, Place};
 use walcast_matcher::{Binding, Index, SubscriptionId, Wants};
 use walcast_model::{Change, Claims, Table};
 use walcast_protocol::phoenix::Vsn;
@@ -86,15 +86,30 @@ impl Audience {
         by_select
     }
 
-    /// Frames in order of their places, for everybody; how many were handed over.
-    pub fn offer(&self, places: &[Place], frames: &[Bytes]) -> u64 {
-        let mut all = 0;
+    /// Frames in order of their places, for everybody; how many went into outboxes, and how many were owed to connections
+    /// that have ended. Whoever is behind reads them later.
+    pub fn offer(&self, places: &[Place], frames: &[Bytes]) -> (u64, u64) {
+        let (mut delivered, mut dropped) = (0, 0);
         for member in self.members.read().iter() {
-            let taken = member.gate.offer(places, frames).unwrap_or_default() as u64;
-            member.listed.delivered(taken);
-            all += taken;
+            match member.gate.offer(places, frames) {
+                Some(taken) => {
+                    member.listed.delivered(taken as u64);
+                    delivered += taken as u64;
+                }
+                None => {
+                    member.listed.dropped(frames.len() as u64);
+                    dropped += frames.len() as u64;
+                }
+            }
         }
-        all
+        (delivered, dropped)
+    }
+
+    /// Frames that nobody is sent any more: the token has expired. How many.
+    pub fn drop_frames(&self, frames: u64) -> u64 {
+        let members = self.members.read();
+        members.iter().for_each(|member| member.listed.dropped(frames));
+        frames * members.len() as u64
     }
 
     /// What belongs to no place in the order. How many were told.
@@ -171,20 +186,19 @@ pub struct SubscriptionHandle {
 }
 
 impl Subscriptions {
-    /// Registered first, answered later: from here on its gate holds whatever matches.
+    /// Registered first, answered later: from here on its `gate`, which holds, is offered whatever matches.
     pub fn register(
         self: &Arc<Self>,
         claims: Claims,
         shape: Shape,
         wanted: Vec<Wanted>,
-        outbox: Outbox,
-        limit_bytes: usize,
+        gate: Gate,
         listed: Arc<Listed>,
     ) -> SubscriptionHandle {
         // In one piece: an audience's bindings stand together, also where many join at once.
         let first = self.next.fetch_add(wanted.len() as u64, Ordering::Relaxed);
         let wanted: Vec<_> = wanted.into_iter().map(Arc::new).collect();
-        let subscriber = Arc::new(Subscriber { gate: Gate::holding(outbox, limit_bytes), slot: AtomicUsize::new(0), listed });
+        let subscriber = Arc::new(Subscriber { gate, slot: AtomicUsize::new(0), listed });
         let alike = Alike(Arc::new(Audience { claims, shape, wanted, first, members: RwLock::default() }));
         let mut inner = self.inner.write();
         inner.bindings += alike.0.wanted.len();

@@ -45,7 +45,7 @@ enum State {
     Holding {
         frames: Vec<(Option<Place>, Bytes)>,
         bytes: usize,
-        /// Where it was before, if it was live before: too much to hold leaves it there.
+        /// Where it was before, if it was anywhere: too much to hold leaves it there.
         behind: Option<Place>,
     },
     Open {
@@ -59,19 +59,20 @@ enum State {
 }
 
 impl Gate {
-    /// Holds at most `limit_bytes`; more than that before the join is answered closes the connection.
-    pub fn holding(outbox: Outbox, limit_bytes: usize) -> Gate {
-        let state = State::Holding { frames: Vec::new(), bytes: 0, behind: None };
+    /// Holds at most `limit_bytes`. More than that before the join is answered closes the connection, unless the client came
+    /// back from a place that can be read on from.
+    pub fn holding(outbox: Outbox, limit_bytes: usize, behind: Option<Place>) -> Gate {
+        let state = State::Holding { frames: Vec::new(), bytes: 0, behind };
         Gate { outbox, limit_bytes, state: Mutex::new(state) }
     }
 
-    /// Frames in order of their places, all that is said of them; how many were sent or will be. None: the connection is closed.
+    /// Frames in order of their places, all that is said of them; how many went into the outbox. None: the connection is closed.
     pub fn offer(&self, places: &[Place], frames: &[Bytes]) -> Option<usize> {
         let mut state = self.state.lock();
         match &mut *state {
             State::Holding { .. } => {
                 let mut held = places.iter().zip(frames);
-                held.all(|(place, frame)| self.hold(&mut state, Some(*place), frame.clone())).then_some(frames.len())
+                held.all(|(place, frame)| self.hold(&mut state, Some(*place), frame.clone())).then_some(0)
             }
             // Pushed under the lock: two offers cannot overtake each other.
             State::Open { after } => {
@@ -90,6 +91,7 @@ impl Gate {
                 }
                 Some(taken)
             }
+            State::Behind { .. } if self.outbox.is_closed() => None,
             State::Behind { .. } | State::Shut => Some(0),
         }
     }
@@ -138,10 +140,11 @@ impl Gate {
 
     /// Sends the answer and what was missed, then what was held since, and opens for good; or falls behind, where there is
     /// more than fits.
-    pub fn release(&self, answer: impl IntoIterator<Item = Bytes>, missed: Missed) {
+    /// How many frames went into the outbox, the answer apart.
+    pub fn release(&self, answer: impl IntoIterator<Item = Bytes>, missed: Missed) -> usize {
         let mut state = self.state.lock();
         if matches!(*state, State::Shut) {
-            return;
+            return 0;
         }
         answer.into_iter().all(|frame| self.outbox.push(frame));
         let (held, mut whole) = match std::mem::replace(&mut *state, State::Shut) {
@@ -151,6 +154,7 @@ impl Gate {
         };
         let Missed { from, to, places, frames, .. } = missed;
         let taken = self.outbox.offer(&frames, |at| places[at] == places[at - 1]);
+        let mut sent = taken;
         let mut after = match taken.checked_sub(1) {
             Some(last) if taken < frames.len() => places[last],
             None if !frames.is_empty() => from,
@@ -162,6 +166,7 @@ impl Gate {
             let (places, frames): (Vec<Place>, Vec<Bytes>) =
                 placed.into_iter().filter_map(|(place, frame)| Some((place?, frame))).filter(|(place, _)| *place > to).unzip();
             let taken = self.outbox.offer(&frames, |at| places[at] == places[at - 1]);
+            sent += taken;
             after = taken.checked_sub(1).map_or(after, |last| places[last]);
             whole = taken == frames.len();
         }
@@ -170,6 +175,7 @@ impl Gate {
         if !whole {
             self.outbox.want_room();
         }
+        sent
     }
 
     /// Holds again, to read on: from where. None if it is not behind.
@@ -213,7 +219,7 @@ mod tests {
 
     fn gate(bytes: usize, limit_bytes: usize) -> (Gate, OutboxReader) {
         let (outbox, reader) = outbox(OutboxLimits { bytes, frames: 1_000 });
-        (Gate::holding(outbox, limit_bytes), reader)
+        (Gate::holding(outbox, limit_bytes, None), reader)
     }
 
     fn offer(gate: &Gate, lsn: u64, index: u32, text: &'static str) {
@@ -275,6 +281,16 @@ mod tests {
         gate.release([], missed(1, 2, "two", true));
         assert_eq!(gate.after(), Some((Lsn(2), 0)));
         assert!(gate.is_behind(), "three is still to be read");
+    }
+
+    #[tokio::test]
+    async fn p2_who_came_back_to_a_flood_is_answered_and_reads_on() {
+        let (outbox, mut reader) = outbox(OutboxLimits { bytes: 10_000, frames: 1_000 });
+        let gate = Gate::holding(outbox, 10, Some((Lsn(1), 0)));
+        offer(&gate, 4, 0, "more than is held");
+        gate.release([Bytes::from_static(b"joined")], missed(1, 3, "two and three", true));
+        assert_eq!(heard(&mut reader).await, ["joined", "two and three"]);
+        assert_eq!(gate.hold_behind(), Some((Lsn(3), 0)), "four is still to be read");
     }
 
     #[tokio::test]

@@ -117,7 +117,7 @@ impl Outbox {
     }
 
     /// What can be had again: takes frames while there is room, and says how many of them it took. A frame is taken as long
-    /// as less than the limit waits before it, however large it is: else it could never be sent. `join` says that a frame
+    /// as less than the limit waits before it, however large it is: else it could never be sent. `joined` says that a frame
     /// belongs to the one before it and goes with it.
     pub fn offer(&self, frames: &[Bytes], joined: impl Fn(usize) -> bool) -> usize {
         let mut state = self.0.state.lock();
@@ -182,6 +182,12 @@ impl Outbox {
 
     pub fn close_reason(&self) -> Option<CloseReason> {
         self.0.state.lock().closed.clone()
+    }
+
+    /// It takes no more, or had to refuse some that is still to come.
+    pub fn is_full(&self) -> bool {
+        let state = self.0.state.lock();
+        state.wanted || state.bytes >= self.0.limits.bytes || state.frames.len() >= self.0.limits.frames
     }
 
     /// For how long nothing more has been taken.

@@ -337,6 +337,10 @@ impl SocketEnd {
         }
     }
 
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        self.outbox.close_reason()
+    }
+
     /// The socket takes bytes again.
     pub fn retry(&self) {
         let Drain::Socket(drain) = &self.outbox.0.drain else { return };

@@ -1,4 +1,4 @@
-//! The whole slice once: a commit goes in, a fresh read and a live event come out.
+//! All of it once: a commit goes in, a fresh read and a live event come out.
 
 mod support;
 

@@ -122,10 +122,18 @@ async fn deliver(core: &Core, candidates: Vec<Candidate<'_>>) {
     }
     // One write for each socket, whatever the batch brings it.
     let _turn = core.writers.turn(committed_at_us);
-    let said = by_audience.into_values().filter(|said| !said.audience.is_expired());
-    let delivered = said.map(|said| said.audience.offer(&said.places, &said.frames)).sum();
-    core.metrics.delivered.increment(delivered);
-    core.vitals.add(Vital::Delivered, delivered);
+    let (mut delivered, mut dropped) = (0, 0);
+    for Said { audience, places, frames } in by_audience.into_values() {
+        if audience.is_expired() {
+            dropped += audience.drop_frames(frames.len() as u64);
+            continue;
+        }
+        let (taken, owed) = audience.offer(&places, &frames);
+        delivered += taken;
+        dropped += owed;
+    }
+    core.note_delivered(delivered);
+    core.vitals.add(Vital::Dropped, dropped);
 }
 
 /// What each candidate is to be sent, in order; those who may not see get nothing. `only`: it is a replay for this one.

@@ -54,9 +54,6 @@ impl State {
     }
 }
 
-/// So much waits only for a client that does not keep up.
-pub(super) const SLOW_BYTES: usize = 256 << 10;
-
 pub struct Connection {
     pub id: u64,
     pub kind: Kind,
@@ -142,7 +139,7 @@ impl Connection {
     pub(super) fn state(&self, now_ms: u64) -> State {
         if self.quiet(now_ms) >= STALE {
             State::Stale
-        } else if self.outbox.queued_bytes() >= SLOW_BYTES {
+        } else if self.outbox.is_full() {
             State::Slow
         } else if self.with_listed(|listed| listed.iter().any(|entry| entry.leak().is_some())) {
             State::Leaking

@@ -53,7 +53,6 @@ fn look_after(core: &Core, connection: &Connection) -> bool {
         let why = format!("idle: no heartbeat for {} s (realtime.idle_timeout)", idle.as_secs());
         outbox.close(CloseReason::Ended(why));
     } else if outbox.blocked_for().is_some_and(|blocked| blocked > STUCK) {
-        core.vitals.count(Vital::ClosedSlow);
         let (bytes, at) = (outbox.queued_bytes(), core.progress.announced());
         outbox.close(CloseReason::Slow(format!("nothing was read for {} s, {bytes} bytes wait; now at {at}", STUCK.as_secs())));
     } else {

@@ -76,16 +76,6 @@ fn goodbye(reason: &CloseReason) -> Option<Bytes> {
     Some(websocket::close(code, &text))
 }
 
-/// Also where the last words did not get through.
-fn count(reason: Option<CloseReason>) {
-    let code = match reason {
-        Some(CloseReason::Slow(_)) => "1013",
-        Some(CloseReason::Ended(_)) => "1012",
-        Some(CloseReason::Gone) | None => return,
-    };
-    metrics::counter!("walcast_connections_closed_total", "code" => code).increment(1);
-}
-
 struct Socket {
     app: App,
     vsn: Vsn,
@@ -120,7 +110,7 @@ impl Socket {
                     end.retry();
                 }
                 attention = end.attention(full) => match attention {
-                    Attention::Finished => return count(self.outbox.close_reason()),
+                    Attention::Finished => return self.count(end.close_reason()),
                     Attention::Blocked => full = true,
                     Attention::Room => self.channels.catch_up(&self.app.engine).await,
                 },
@@ -140,6 +130,19 @@ impl Socket {
                 self.channels.clear();
             }
         }
+    }
+
+    /// Why it was closed, also where the last words did not get through.
+    fn count(&self, reason: Option<CloseReason>) {
+        let code = match reason {
+            Some(CloseReason::Slow(_)) => {
+                self.connection.error(Vital::ClosedSlow);
+                "1013"
+            }
+            Some(CloseReason::Ended(_)) => "1012",
+            Some(CloseReason::Gone) | None => return,
+        };
+        metrics::counter!("walcast_connections_closed_total", "code" => code).increment(1);
     }
 
     /// Takes what the client has said. False if that was its last word.

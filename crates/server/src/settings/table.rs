@@ -71,7 +71,7 @@ pub const SETTINGS: &[Setting] = &[
         "Publication whose tables clients may subscribe to; `migrate` makes it",
     ),
     setting("server.listen", Kind::Address, "127.0.0.1:4000", "0.0.0.0:4000", "Address and port for HTTP and WebSocket"),
-    setting("server.max_connections", COUNT, "10000", "10000", "Open client connections; more are answered 503"),
+    setting("server.max_connections", COUNT, "10000", "10000", "Open client connections; more are answered 429 (WebSocket) or 503 (event streams)"),
     setting(
         "server.drain",
         Kind::Span,
@@ -218,7 +218,7 @@ pub const SETTINGS: &[Setting] = &[
         "1MiB",
         "Unsent bytes of one client; who reads more slowly is served from the replay ring as it reads",
     ),
-    setting("realtime.outbox_frames", COUNT, "16384", "16384", "Unsent frames of one client; as for its bytes"),
+    setting("realtime.outbox_frames", COUNT, "1000", "4000", "Unsent frames of one client; as for its bytes"),
     setting("realtime.max_topics_per_connection", COUNT, "100", "100", "Topics that one connection may join"),
     setting("realtime.max_frame_bytes", BYTES, "5000000", "5MB", "Largest frame that a client may send"),
     setting(

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 
 use crate::http::{App, refusal::Refusal};
 
-/// As limits count it: an IPv6 client has a whole /64 to choose from.
+/// Where a client comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClientAddress(IpAddr);
 
@@ -27,6 +27,14 @@ pub struct TrustedProxies(Vec<IpNet>);
 impl ClientAddress {
     pub fn ip(self) -> IpAddr {
         self.0
+    }
+
+    /// As limits count it: an IPv6 client has a whole /64 to choose from.
+    pub fn counted(self) -> ClientAddress {
+        match self.0 {
+            IpAddr::V6(address) => ClientAddress(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into()),
+            IpAddr::V4(_) => self,
+        }
     }
 }
 
@@ -68,10 +76,7 @@ fn hop(text: &str) -> Option<IpAddr> {
 
 impl From<IpAddr> for ClientAddress {
     fn from(address: IpAddr) -> ClientAddress {
-        ClientAddress(match address.to_canonical() {
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-            v4 => v4,
-        })
+        ClientAddress(address.to_canonical())
     }
 }
 
@@ -124,7 +129,7 @@ mod tests {
 
     #[test]
     fn an_ipv6_client_counts_by_its_network() {
-        let of = |text: &str| ClientAddress::from(text.parse::<IpAddr>().unwrap());
+        let of = |text: &str| ClientAddress::from(text.parse::<IpAddr>().unwrap()).counted();
         assert_eq!(of("2001:db8:1:2::1"), of("2001:db8:1:2:ffff::9"));
         assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
         assert_ne!(of("1.2.3.4"), of("1.2.3.5"));

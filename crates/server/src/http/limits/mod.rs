@@ -149,7 +149,7 @@ impl Limits {
         shared.connects.take(1).map_err(|_| full(Limit::Connects, settings.connects_per_second.into()))?;
         let address = (settings.connections_per_ip > 0).then(|| {
             let most = settings.connections_per_ip;
-            shared.by_address.take(address, most).ok_or_else(|| full(Limit::ConnectionsPerIp, most))
+            shared.by_address.take(address.counted(), most).ok_or_else(|| full(Limit::ConnectionsPerIp, most))
         });
         let address = address.transpose()?;
         let tenant = tenant.map(|tenant| shared.connection_of(tenant)).transpose()?;

@@ -2,9 +2,13 @@
 //!
 //! Without such a limit there is nothing in between.
 
+use std::time::Duration;
+
 use walcast_engine::{CloseReason, Engine, Outbox, OutboxReader};
 
 use crate::http::limits::ConnectionPermit;
+
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The outbox that everything for the client goes into.
 pub fn paced(engine: &Engine, socket: Outbox, permit: &ConnectionPermit) -> Outbox {
@@ -26,8 +30,18 @@ async fn pass(mut reader: OutboxReader, socket: Outbox, permit: ConnectionPermit
                 while !frames.is_empty() {
                     let may_go = frames.len().min(permit.out_at_once());
                     permit.pace_out(may_go).await;
-                    for frame in frames.drain(..may_go) {
-                        socket.push(frame);
+                    // Waits for room: what is not taken here waits where it came from, and behind that in the ring.
+                    let mut left = may_go;
+                    while left > 0 && !socket.is_closed() {
+                        let taken = socket.offer(&frames[..left], |_| false);
+                        frames.drain(..taken);
+                        left -= taken;
+                        if left > 0 {
+                            tokio::time::sleep(LOOK_AGAIN).await;
+                        }
+                    }
+                    if socket.is_closed() {
+                        return;
                     }
                 }
             }

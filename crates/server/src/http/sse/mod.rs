@@ -106,7 +106,7 @@ pub async fn statistics(_: Operator, State(app): State<App>) -> Json<Value> {
 fn user(claims: &Claims, address: ClientAddress) -> String {
     match claims.subject() {
         Some(subject) => format!("sub {subject}"),
-        None => format!("{} {address}", claims.role()),
+        None => format!("{} {}", claims.role(), address.counted()),
     }
 }
 
