@@ -292,7 +292,9 @@ async fn load(client: &tokio_postgres::Client, table: TableId, publications: Pub
                     question.rememberable &= policies_of(client, &secured).await?.iter().all(plain);
                 }
             }
-            if filter.is_some() {
+            // `t.*` is printed so, and stands in no dependency: any column decides.
+            let whole_row = permissive.iter().chain(&restrictive).any(|text| text.contains(".*"));
+            if filter.is_some() || whole_row {
                 // Its columns are not told by pg_depend for policies: any of them may be meant.
                 question.needs = columns.iter().map(|column| column.name.clone()).collect();
             }

@@ -44,7 +44,12 @@ pub async fn read_back(core: &Core, candidates: &[Candidate<'_>], verdicts: &[Ve
     for (type_oid, texts) in texts {
         match ask(core, &claims, type_oid, &texts).await {
             Ok(answers) => known.extend(texts.into_iter().zip(answers).map(|(text, json)| ((type_oid, text), json))),
-            Err(error) => tracing::warn!(type_oid, %error, "values of this type cannot be read back: left out"),
+            // By its code: PostgreSQL's words may hold the values.
+            Err(error) => tracing::warn!(
+                type_oid,
+                code = error.sqlstate().unwrap_or("none"),
+                "values of this type cannot be read back: left out"
+            ),
         }
     }
     each_opaque(&mut changes, |type_oid, text| {

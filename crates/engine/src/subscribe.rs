@@ -125,10 +125,11 @@ impl Engine {
         }
         let SubscribeRequest { claims, shape, outbox, listed, after, .. } = request;
         let gate = Gate::holding(outbox, core.config.realtime.outbox_bytes, after.map(|position| position.place()));
-        let handle = core.subscriptions.register(claims, shape, wanted, gate, listed);
+        let mut handle = core.subscriptions.register(claims, shape, wanted, gate, listed);
         core.metrics.subscriptions.set(core.subscriptions.count() as f64);
         // Registered first, noted afterwards: a commit in between is held by the gate and replayed or skipped, not lost.
         let noted = core.progress.taken();
+        handle.epoch = noted.epoch;
         let Some(cursor) = after else {
             // What was flushed before the stream was attached was committed before this subscription began.
             let after = noted.place().max((core.progress.catch_up().before(), u32::MAX));
@@ -156,12 +157,19 @@ impl Engine {
     pub async fn catch_up(&self, handle: &SubscriptionHandle) {
         let core = &*self.core;
         let gate = &handle.subscriber.gate;
+        // A token that has run out is told nothing more; with a new one it goes on from here.
+        if handle.audience.is_expired() {
+            return;
+        }
         // Held first, noted afterwards, as at a join.
         let Some((lsn, index)) = gate.hold_behind() else { return };
         let noted = core.progress.taken();
         core.metrics.catch_ups.increment(1);
         let cursor = Position { lsn, index, ..noted };
         match replay(core, handle, cursor, noted).await {
+            Ok(_) if handle.audience.is_expired() => {
+                release(core, handle, Vec::new(), Missed { whole: false, ..Missed::nothing(cursor.place()) });
+            }
             Ok(missed) => release(core, handle, Vec::new(), missed),
             Err(reason) => {
                 core.note_resyncs(1);
@@ -178,7 +186,7 @@ impl Engine {
         let gate = &old.subscriber.gate;
         let behind = gate.is_behind();
         let place = gate.shut().map(|place| if behind { place } else { place.max(announced.place()) });
-        let after = place.map(|(lsn, index)| Position { lsn, index, ..announced });
+        let after = place.map(|(lsn, index)| Position { lsn, index, epoch: old.epoch });
         let (shape, outbox, listed) = (old.audience.shape.clone(), gate.outbox().clone(), old.subscriber.listed.clone());
         drop(old);
         self.subscribe(SubscribeRequest { claims, asked, shape, outbox, listed, after }).await

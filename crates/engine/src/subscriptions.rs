@@ -14,7 +14,7 @@ use bytes::Bytes;
 use parking_lot::RwLock;
 use walcast_hub::{Gate, Place};
 use walcast_matcher::{Binding, Index, SubscriptionId, Wants};
-use walcast_model::{Change, Claims, Table};
+use walcast_model::{Change, Claims, Epoch, Table};
 use walcast_protocol::phoenix::Vsn;
 
 use crate::registry::Listed;
@@ -108,7 +108,11 @@ impl Audience {
     /// Frames that nobody is sent any more: the token has expired. How many.
     pub fn drop_frames(&self, frames: u64) -> u64 {
         let members = self.members.read();
-        members.iter().for_each(|member| member.listed.dropped(frames));
+        for member in members.iter() {
+            member.listed.dropped(frames);
+            // Whoever brings a new token hears them after all.
+            member.gate.lapse();
+        }
         frames * members.len() as u64
     }
 
@@ -182,7 +186,9 @@ struct Inner {
 pub struct SubscriptionHandle {
     pub subscriber: Arc<Subscriber>,
     pub audience: Arc<Audience>,
-    registry: Arc<Subscriptions>,
+    /// That it was opened in.
+    pub epoch: Epoch,
+    subscriptions: Arc<Subscriptions>,
 }
 
 impl Subscriptions {
@@ -216,7 +222,7 @@ impl Subscriptions {
         };
         audience.enter(subscriber.clone());
         drop(inner);
-        SubscriptionHandle { subscriber, audience, registry: self.clone() }
+        SubscriptionHandle { subscriber, audience, epoch: Epoch::default(), subscriptions: self.clone() }
     }
 
     /// Each audience that wants the change, or may want it: once for each choice of columns among its bindings.
@@ -279,7 +285,7 @@ impl Drop for SubscriptionHandle {
     fn drop(&mut self) {
         // Nothing more goes to whoever has left, also of what is being announced just now.
         self.subscriber.gate.shut();
-        let mut inner = self.registry.inner.write();
+        let mut inner = self.subscriptions.inner.write();
         inner.bindings -= self.audience.wanted.len();
         if self.audience.leave(&self.subscriber) {
             for id in self.audience.ids() {

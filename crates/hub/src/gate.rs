@@ -178,6 +178,14 @@ impl Gate {
         sent
     }
 
+    /// Something that it should have heard was left out: it is behind from where it is.
+    pub fn lapse(&self) {
+        let mut state = self.state.lock();
+        if let State::Open { after } | State::Holding { behind: Some(after), .. } = *state {
+            *state = State::Behind { after };
+        }
+    }
+
     /// Holds again, to read on: from where. None if it is not behind.
     pub fn hold_behind(&self) -> Option<Place> {
         let mut state = self.state.lock();

@@ -176,6 +176,33 @@ impl Outbox {
         }
     }
 
+    /// As [`Outbox::end`], behind `last`, and nothing in between.
+    pub fn end_with(&self, last: Bytes, reason: CloseReason) {
+        let mut state = self.0.state.lock();
+        if state.closed.is_none() {
+            add(&mut state, last);
+            state.closed = Some(reason);
+            state.closed_at = Some(Instant::now());
+        }
+        self.wake(state);
+    }
+
+    /// The socket may take bytes again.
+    pub fn retry(&self) {
+        let Drain::Socket(drain) = &self.0.drain else { return };
+        let mut state = self.0.state.lock();
+        if !std::mem::replace(&mut state.socket.due, true) {
+            drop(state);
+            drain.shard.add(self.clone());
+        }
+    }
+
+    /// It would take one more change.
+    pub fn has_room(&self) -> bool {
+        let state = self.0.state.lock();
+        state.bytes < self.0.limits.bytes && state.frames.len() < self.0.limits.frames
+    }
+
     pub fn is_closed(&self) -> bool {
         self.0.state.lock().closed.is_some()
     }

@@ -343,12 +343,7 @@ impl SocketEnd {
 
     /// The socket takes bytes again.
     pub fn retry(&self) {
-        let Drain::Socket(drain) = &self.outbox.0.drain else { return };
-        let mut state = self.outbox.0.state.lock();
-        if !std::mem::replace(&mut state.socket.due, true) {
-            drop(state);
-            drain.shard.add(self.outbox.clone());
-        }
+        self.outbox.retry();
     }
 }
 

@@ -29,7 +29,10 @@ select distinct r.polrelid = $1::int8::oid as own, d.refclassid = 'pg_catalog.pg
        (select pt.schemaname || chr(10) || pt.tablename from pg_catalog.pg_publication_tables pt
         join pg_catalog.pg_namespace rn on rn.nspname = pt.schemaname
         join pg_catalog.pg_class rc on rc.relnamespace = rn.oid and rc.relname = pt.tablename
-        where pt.pubname = $2 and rc.oid = coalesce(pg_partition_root(c.oid)::oid, c.oid)),
+        where pt.pubname = $2 and rc.oid = coalesce(pg_partition_root(c.oid)::oid, c.oid)
+          -- Rows of tables that inherit from it are read, too, and raise other tags.
+          and not exists (select from pg_catalog.pg_inherits i join pg_catalog.pg_class k on k.oid = i.inhrelid
+                          where i.inhparent = c.oid and not k.relispartition)),
        coalesce(c.relkind in ('r', 'p') and row_security_active(c.oid), false)
 from reach r
 join pg_catalog.pg_policy q on q.oid = r.oid

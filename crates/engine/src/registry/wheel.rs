@@ -43,6 +43,10 @@ pub(crate) async fn run(core: Arc<Core>, cancel: CancellationToken) {
 /// True if the connection is at its end.
 fn look_after(core: &Core, connection: &Connection) -> bool {
     let outbox = &connection.outbox;
+    // Its task may be busy with the database.
+    if outbox.blocked_for().is_some() {
+        outbox.retry();
+    }
     let idle = core.config.realtime.idle_timeout;
     if let Some(closed) = outbox.closed_for() {
         if closed > GOODBYE {

@@ -31,7 +31,9 @@ const PAIRS: usize = 10_000;
 /// Callers whose statements go together, each with its own claims.
 pub(super) const CALLERS: usize = 200;
 /// Statements that fail for a value are tried again in halves, this often for a batch.
-const HALVINGS: usize = 256;
+const HALVINGS: usize = 1_000;
+/// A caller for whom the policy failed so often in one batch is shown nothing more of it: each row would cost a question.
+const FAILURES: usize = 16;
 
 /// Callers who are the same to the policy.
 struct Group<'c> {
@@ -74,6 +76,7 @@ pub(super) async fn ask<'c>(
         answers: HashMap::new(),
         failed: HashMap::new(),
         halvings: HALVINGS,
+        failures: HashMap::new(),
     };
     if question.reads_anything {
         desk.decides.push(any_change());
@@ -202,6 +205,8 @@ struct Desk<'a, 'c> {
     answers: HashMap<Pair, Given>,
     failed: HashMap<usize, &'static str>,
     halvings: usize,
+    /// By group, how many questions failed for reasons of its own.
+    failures: HashMap<usize, usize>,
 }
 
 impl Desk<'_, '_> {
@@ -320,7 +325,14 @@ impl Desk<'_, '_> {
             tracing::warn!(%table, role, %error, "the policy cannot be asked for many at once: asked for each");
             return one_by_one(&part.pairs);
         }
-        let several = part.pairs.len() > 1;
+        // One caller's claims make the statement fail for all: each by himself, so that he alone hears nothing.
+        if of_data && part.in_set {
+            return one_by_one(&part.pairs);
+        }
+        let group = part.pairs[0].0;
+        let of_one = part.pairs.iter().all(|pair| pair.0 == group);
+        let failed_often = of_one && self.failures.get(&group).is_some_and(|failures| *failures >= FAILURES);
+        let several = part.pairs.len() > 1 && !failed_often;
         if of_data && several && self.halvings > 0 {
             self.halvings -= 1;
             return halves(part);
@@ -329,16 +341,21 @@ impl Desk<'_, '_> {
         // would tell whoever brings such a claim which of the rows that he may not see match his filter.
         if of_data && !several {
             self.core.metrics.withheld_errors.increment(1);
-            tracing::debug!(%table, role, %error, "the policy fails for a row: hidden");
+            tracing::debug!(%table, role, code = error.sqlstate().unwrap_or("none"), "the policy fails for a row: hidden");
+            *self.failures.entry(group).or_default() += 1;
             let as_of = Arc::new(Fence {
                 snapshot: walcast_model::Snapshot::blind(),
                 settled: Lsn::ZERO,
                 floor: self.core.clock.floor(),
             });
-            self.answers.insert(part.pairs[0], Given { answer: Answer { allowed: false, as_of }, told: true });
+            for pair in part.pairs {
+                let answer = Answer { allowed: false, as_of: as_of.clone() };
+                self.answers.insert(pair, Given { answer, told: true });
+            }
             return Vec::new();
         }
-        tracing::warn!(%table, role, %error, "row visibility cannot be asked: withheld");
+        // By its code: PostgreSQL's words may hold a row's values.
+        tracing::warn!(%table, role, code = error.sqlstate().unwrap_or("none"), "row visibility cannot be asked: withheld");
         self.failed.extend(part.pairs.iter().map(|(group, _)| (*group, "authorisation failed")));
         Vec::new()
     }
@@ -402,9 +419,10 @@ fn halves(part: Part) -> Vec<Part> {
     [first, second].into_iter().map(|pairs| Part { in_set: part.in_set, pairs }).collect()
 }
 
-/// Class 22: the values are at fault, not the database.
-fn is_of_data(error: &PgError) -> bool {
-    error.sqlstate().is_some_and(|code| code.starts_with("22"))
+/// The row, the claims or the policy are at fault, not the database: whoever asks by a query would be told an error, too.
+/// Values that cannot be cast, checks of a domain, what a function raises, what the role may not read.
+pub(super) fn is_of_data(error: &PgError) -> bool {
+    error.sqlstate().is_some_and(|code| ["22", "23", "P0"].iter().any(|class| code.starts_with(class)) || code == "42501")
 }
 
 /// Waits until the stream has brought everything that the answer's snapshot can have seen.

@@ -10,7 +10,7 @@ use walcast_pg::quote_ident;
 
 use super::{
     ASK_TIMEOUT, Placed,
-    ask::CALLERS,
+    ask::{CALLERS, is_of_data},
     judge::{Answered, Sight},
     patiently,
 };
@@ -21,6 +21,9 @@ use crate::Core;
 pub(super) async fn confirm(core: &Core, rules: &Rules, changes: &[Placed<'_>], answered: &mut [Answered<'_>]) {
     let keys: Vec<&ColumnRule> = rules.columns.iter().filter(|column| column.primary).collect();
     if keys.is_empty() || keys.iter().any(|key| !key.visible) {
+        // Nobody could be shown it anyway, and who sees it cannot be asked.
+        let lacking = answered.iter_mut().flat_map(|one| one.told.values_mut()).filter(|told| told.new == Sight::Lacking);
+        lacking.for_each(|told| told.new = Sight::Denied);
         return;
     }
     let lacks = |(at, one): (usize, &Answered<'_>)| {
@@ -58,7 +61,16 @@ pub(super) async fn confirm(core: &Core, rules: &Rules, changes: &[Placed<'_>], 
                     }
                 }
             }
-            Err(error) => tracing::warn!(table = %rules.name, %error, "who still sees a row cannot be asked: told to read again"),
+            Err(error) => {
+                let code = error.sqlstate().unwrap_or("none");
+                tracing::warn!(table = %rules.name, code, "who still sees a row cannot be asked");
+                // A query of theirs would fail as well: nothing is told. Where the database is away, they read again.
+                for (at, wanted) in some.iter().filter(|_| is_of_data(&error)) {
+                    for change in wanted {
+                        answered[*at].told.entry(*change).and_modify(|told| told.new = Sight::Denied);
+                    }
+                }
+            }
         }
     }
 }

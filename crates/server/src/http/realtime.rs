@@ -87,6 +87,13 @@ struct Socket {
     permit: ConnectionPermit,
 }
 
+/// Whoever stands between this connection's outbox and its socket must hear of the end, too.
+impl Drop for Socket {
+    fn drop(&mut self) {
+        self.outbox.close(CloseReason::Gone);
+    }
+}
+
 impl Socket {
     async fn run(mut self, end: SocketEnd) {
         // What came with the upgrade is there already.
@@ -147,11 +154,9 @@ impl Socket {
 
     /// Takes what the client has said. False if that was its last word.
     async fn heard(&mut self, end: &SocketEnd) -> bool {
-        for frame in 1_u64.. {
-            // Whoever sends without a pause is not alone.
-            if frame.is_multiple_of(64) {
-                tokio::task::yield_now().await;
-            }
+        // Whoever sends without a pause is not alone, and must hear of the end as well.
+        self.reading.begin();
+        loop {
             match self.reading.next(&end.socket) {
                 Heard::Nothing => {
                     self.answer_controls();
@@ -174,8 +179,7 @@ impl Socket {
                 Heard::Wrong(code, why) => {
                     metrics::counter!("walcast_frames_malformed_total").increment(1);
                     self.connection.error(Vital::MalformedFrame);
-                    self.outbox.push(websocket::close(code, &why));
-                    self.outbox.end(CloseReason::Gone);
+                    self.outbox.end_with(websocket::close(code, &why), CloseReason::Gone);
                     return false;
                 }
                 Heard::End => {
@@ -185,7 +189,6 @@ impl Socket {
                 }
             }
         }
-        true
     }
 
     /// Pongs, and the answer to a close.
@@ -215,7 +218,7 @@ impl Socket {
         }
         match (frame.topic.as_str(), frame.event.as_str()) {
             ("phoenix", "heartbeat") => self.answer(&frame, "ok", json!({})),
-            (_, "phx_join") => self.join(frame).await,
+            (_, "phx_join") => self.join(frame, bytes).await,
             (_, "phx_leave") => self.leave(&frame),
             (topic, event) if self.channels.get(topic).is_some() => match event {
                 "access_token" => self.access_token(&frame).await,

@@ -71,7 +71,13 @@ pub const SETTINGS: &[Setting] = &[
         "Publication whose tables clients may subscribe to; `migrate` makes it",
     ),
     setting("server.listen", Kind::Address, "127.0.0.1:4000", "0.0.0.0:4000", "Address and port for HTTP and WebSocket"),
-    setting("server.max_connections", COUNT, "10000", "10000", "Open client connections; more are answered 429 (WebSocket) or 503 (event streams)"),
+    setting(
+        "server.max_connections",
+        COUNT,
+        "10000",
+        "10000",
+        "Open client connections; more are answered 429 (WebSocket) or 503 (event streams)",
+    ),
     setting(
         "server.drain",
         Kind::Span,

@@ -146,13 +146,14 @@ impl Limits {
     ) -> Result<ConnectionPermit, LimitRefusal> {
         let shared = &self.shared;
         let settings = &shared.settings;
-        shared.connects.take(1).map_err(|_| full(Limit::Connects, settings.connects_per_second.into()))?;
         let address = (settings.connections_per_ip > 0).then(|| {
             let most = settings.connections_per_ip;
             shared.by_address.take(address.counted(), most).ok_or_else(|| full(Limit::ConnectionsPerIp, most))
         });
         let address = address.transpose()?;
         let tenant = tenant.map(|tenant| shared.connection_of(tenant)).transpose()?;
+        // Behind what is one client's own: whoever has too many does not use up everybody's.
+        shared.connects.take(1).map_err(|_| full(Limit::Connects, settings.connects_per_second.into()))?;
         let most = shared.max_connections;
         let taken = shared.connections.fetch_update(Ordering::AcqRel, Ordering::Acquire, |now| (now < most).then_some(now + 1));
         taken.map_err(|_| full(Limit::Connections, most))?;

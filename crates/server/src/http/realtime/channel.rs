@@ -20,6 +20,11 @@ use walcast_protocol::{
 use super::{ByTopic, Socket};
 use crate::http::limits::{LimitRefusal, TopicPermit};
 
+/// What a connection keeps of each join is bounded, whoever chose it.
+const TOPIC_BYTES: usize = 512;
+const REFERENCE_BYTES: usize = 64;
+const JOIN_BYTES: usize = 64 << 10;
+
 /// A rejoin with a token that has just expired waits so long for its new one: the stock client asks for it
 /// only after an answer.
 const QUARANTINE: Duration = Duration::from_secs(5);
@@ -42,11 +47,13 @@ pub struct Channel {
 pub struct Channels {
     by_topic: ByTopic,
     limit: usize,
+    /// Of those that are behind, the one that reads on first.
+    turn: usize,
 }
 
 impl Channels {
     pub fn new(limit: usize) -> Channels {
-        Channels { by_topic: ByTopic::new(), limit }
+        Channels { by_topic: ByTopic::new(), limit, turn: 0 }
     }
 
     pub fn get(&self, topic: &str) -> Option<&Channel> {
@@ -70,8 +77,17 @@ impl Channels {
     }
 
     /// Those that had more to hear than fitted go on reading.
-    pub async fn catch_up(&self, engine: &Engine) {
-        for handle in self.by_topic.values().filter_map(|channel| channel.handle.as_ref()) {
+    pub async fn catch_up(&mut self, engine: &Engine) {
+        let behind = |handle: &&SubscriptionHandle| handle.subscriber.gate.is_behind();
+        let behind: Vec<_> = self.by_topic.values().filter_map(|channel| channel.handle.as_ref()).filter(behind).collect();
+        // Each time another is the first: it has the room.
+        self.turn = self.turn.wrapping_add(1);
+        let (before, from) = behind.split_at(self.turn % behind.len().max(1));
+        for handle in from.iter().chain(before) {
+            let outbox = handle.subscriber.gate.outbox();
+            if !outbox.has_room() {
+                return outbox.want_room();
+            }
             engine.catch_up(handle).await;
         }
     }
@@ -122,7 +138,12 @@ impl Channel {
 }
 
 impl Socket {
-    pub(super) async fn join(&mut self, frame: Inbound) {
+    pub(super) async fn join(&mut self, frame: Inbound, bytes: usize) {
+        let reference = frame.join_ref.as_ref().or(frame.reference.as_ref()).map_or(0, String::len);
+        if bytes > JOIN_BYTES || reference > REFERENCE_BYTES {
+            let most = format!("a join has at most {JOIN_BYTES} bytes, its reference {REFERENCE_BYTES}");
+            return self.refuse(&frame, &format!("PayloadTooLarge: {most}; this has {bytes} and {reference}"));
+        }
         if let Some(old) = self.channels.by_topic.remove(frame.topic.as_str()) {
             self.say(&old.ended(self.vsn, "phx_close", &json!({})));
         }
@@ -250,6 +271,9 @@ impl Socket {
         };
         if name.is_empty() {
             return Err("TopicNameRequired: a topic is `realtime:` and a name".into());
+        }
+        if topic.len() > TOPIC_BYTES {
+            return Err(format!("TopicNameRequired: a topic has at most {TOPIC_BYTES} bytes, this has {}", topic.len()));
         }
         if self.channels.by_topic.len() >= self.channels.limit {
             return Err(format!("ChannelRateLimitReached: Too many channels ({} on one connection)", self.channels.limit));

@@ -14,6 +14,7 @@ use tungstenite::{
 pub struct Reading {
     context: Box<WebSocketContext>,
     answers: Vec<u8>,
+    budget: usize,
 }
 
 pub enum Heard {
@@ -30,6 +31,8 @@ pub enum Heard {
 
 /// Stock clients' frames are smaller; larger ones are read in several steps. Every connection keeps so much.
 const BUFFER_BYTES: usize = 1024;
+/// Read at a time.
+const BUDGET_BYTES: usize = 64 << 10;
 
 impl Reading {
     pub fn new(already_read: Bytes, max_frame_bytes: usize) -> Reading {
@@ -39,11 +42,16 @@ impl Reading {
             .max_message_size(Some(max_frame_bytes))
             .max_frame_size(Some(max_frame_bytes));
         let context = WebSocketContext::from_partially_read(already_read.into(), Role::Server, Some(config));
-        Reading { context: Box::new(context), answers: Vec::new() }
+        Reading { context: Box::new(context), answers: Vec::new(), budget: BUDGET_BYTES }
+    }
+
+    /// So many bytes are read until there is [`Heard::Nothing`], also of a client that sends without a pause.
+    pub fn begin(&mut self) {
+        self.budget = BUDGET_BYTES;
     }
 
     pub fn next(&mut self, socket: &TcpStream) -> Heard {
-        let mut stream = Wire { socket, answers: &mut self.answers };
+        let mut stream = Wire { socket, answers: &mut self.answers, budget: &mut self.budget };
         loop {
             return match self.context.read(&mut stream) {
                 Ok(Message::Text(text)) => Heard::Text(text),
@@ -73,11 +81,18 @@ impl Reading {
 struct Wire<'a> {
     socket: &'a TcpStream,
     answers: &'a mut Vec<u8>,
+    budget: &'a mut usize,
 }
 
 impl Read for Wire<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        self.socket.try_read(into)
+        if *self.budget == 0 {
+            // The socket still says that there is more: the task comes back.
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        let count = self.socket.try_read(into)?;
+        *self.budget = self.budget.saturating_sub(count);
+        Ok(count)
     }
 }
 

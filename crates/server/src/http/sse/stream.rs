@@ -73,6 +73,14 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
         }
         let quiet = tokio::time::sleep(QUIET);
         let said = tokio::select! {
+            // The end first: nothing is said after a token's.
+            biased;
+            () = until(live.expires_at) => last_words("expired", "the token or ticket has expired: reconnect with a new one"),
+            farewell = &mut going.farewell => {
+                let mut said = format!("retry: {}\n", farewell.retry.as_millis()).into_bytes();
+                said.extend_from_slice(&last_words("closed", &farewell.text()));
+                said.into()
+            }
             taken = live.reader.take(&mut going.waiting) => match taken {
                 // There is room again for what did not fit.
                 Ok(()) if going.waiting.is_empty() => {
@@ -87,12 +95,6 @@ async fn next(going: Option<Going>) -> Option<(Result<Bytes, Infallible>, Option
                 Err(CloseReason::Ended(reason)) => last_words("closed", &reason),
                 Err(CloseReason::Gone) => return None,
             },
-            () = until(live.expires_at) => last_words("expired", "the token or ticket has expired: reconnect with a new one"),
-            farewell = &mut going.farewell => {
-                let mut said = format!("retry: {}\n", farewell.retry.as_millis()).into_bytes();
-                said.extend_from_slice(&last_words("closed", &farewell.text()));
-                said.into()
-            }
             () = quiet => {
                 let sign = sign_of_life(live).await;
                 return Some((Ok(sign), Some(going)));
