@@ -33,6 +33,9 @@ pub async fn end(_: Operator, State(app): State<App>, Path(id): Path<String>) ->
         .hint("GET /admin/v1/connections lists those that are open"))
 }
 
+/// No list is longer.
+const FARTHEST: usize = 1_000_000_000;
+
 fn selection(uri: &Uri, subscriptions: bool) -> Result<Selection, Refusal> {
     let mut which = Selection::default();
     for (name, value) in query_pairs(uri) {
@@ -60,7 +63,10 @@ fn selection(uri: &Uri, subscriptions: bool) -> Result<Selection, Refusal> {
                     _ => return Err(wrong("id, outbox or age")),
                 }
             }
-            "offset" => which.offset = value.parse().map_err(|_| wrong("a number"))?,
+            "offset" => {
+                let offset = value.parse().ok().filter(|offset| *offset <= FARTHEST);
+                which.offset = offset.ok_or_else(|| wrong(&format!("a number up to {FARTHEST}")))?;
+            }
             "limit" => {
                 let limit = value.parse().ok().filter(|limit| (1..=Selection::MOST).contains(limit));
                 which.limit = limit.ok_or_else(|| wrong(&format!("a number from 1 to {}", Selection::MOST)))?;

@@ -26,13 +26,17 @@ pub struct Asked {
 pub async fn begin(
     _: Operator,
     State(app): State<App>,
-    asked: Result<Json<Asked>, JsonRejection>,
+    asked: Result<Json<Value>, JsonRejection>,
 ) -> Result<(StatusCode, Json<Value>), Refusal> {
     let bad = |title: String| {
         Refusal::new(StatusCode::BAD_REQUEST, "bad_trace", title)
             .hint("for example {\"topic\": \"realtime:ward\", \"seconds\": 60}; topic, connection or table, at most 600 seconds")
     };
     let Json(asked) = asked.map_err(|rejection| bad(rejection.body_text()))?;
+    if let Some((name, _)) = asked.as_object().and_then(|asked| asked.iter().find(|(_, value)| value.is_null())) {
+        return Err(bad(format!("`{name}` is null: leave it out")));
+    }
+    let asked: Asked = serde_json::from_value(asked).map_err(|error| bad(error.to_string()))?;
     let what = match (asked.topic, asked.connection, asked.table) {
         (Some(topic), None, None) => Tapped::Topic(topic),
         (None, Some(id), None) => Tapped::Connection(id),
